@@ -1,0 +1,9 @@
+//! nybble's core: small transformers, fast on the CPU you have. No Python in here.
+
+#![deny(missing_docs)]
+
+pub mod cpu;
+pub mod error;
+pub mod threads;
+
+pub use error::{Error, Result};
