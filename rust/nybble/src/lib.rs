@@ -4,6 +4,8 @@
 
 pub mod cpu;
 pub mod error;
+pub mod pack;
+pub mod solve;
 pub mod threads;
 
 pub use error::{Error, Result};

@@ -1,0 +1,118 @@
+"""What the verbs print with: tables, figures with units, notes on stderr, one JSON object on stdout."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+#: Width of tables that go into a file or a pipe, where there is no terminal to fit.
+_PIPE_WIDTH = 160
+
+
+def stdout() -> Console:
+    """Return the console for data."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def stderr() -> Console:
+    """Return the console for everything beside the data."""
+    return Console(
+        stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH, highlight=False
+    )
+
+
+def note(text: str) -> None:
+    """Print a sentence on stderr."""
+    stderr().print(Text(text, style="dim"), soft_wrap=True)
+
+
+def show(*parts: Any) -> None:
+    """Print tables or lines on stdout; text is taken as it is, without markup."""
+    console = stdout()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(Text(part), soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON object on stdout; NaN and infinities, which JSON lacks, become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Make a table of two columns, names and values."""
+    table = grid(title, ("", ""), right=())
+    table.show_header = False
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def grid(title: str, columns: Iterable[str], *, right: Iterable[int]) -> Table:
+    """Make an empty table; the columns numbered in ``right`` hold figures."""
+    from rich import box
+
+    figures = set(right)
+    table = Table(
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+    )
+    for index, column in enumerate(columns):
+        table.add_column(
+            Text(column), justify="right" if index in figures else "left", overflow="fold"
+        )
+    return table
+
+
+def size(count: float | None) -> str:
+    """Write a number of bytes with three figures: ``98.4 MB`` (a megabyte is 1,000,000 bytes)."""
+    if count is None:
+        return "unknown"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5 or unit == "GB":
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{value:.0f} B"
+    return f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f} {unit}"
+
+
+def rate(value: float | None, unit: str = "tok/s") -> str:
+    """Write a speed: ``204 tok/s``, ``16.4 tok/s``."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """Write a duration: ``1.2 s``, ``3 min 20 s``."""
+    if value < 60:
+        return f"{value:.{1 if value >= 1 else 2}f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02} s"
+
+
+def count(value: int) -> str:
+    """Write a count: ``134,515,008``."""
+    return f"{value:,}"
