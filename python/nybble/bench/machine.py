@@ -1,4 +1,4 @@
-"""What a speed figure must be read beside: the CPU, the memory in use, the memory bandwidth of this minute."""
+"""What a speed figure must be read beside: the CPU, its settings, the memory in use."""
 
 import os
 import platform
@@ -45,7 +45,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def peak_rss() -> int | None:
-    """Return the most memory this process ever held, in bytes; ``None`` where the system does not say."""
+    """Return the most memory this process ever held, in bytes, where the system says so."""
     peak = _status_bytes("VmHWM")
     if peak is not None:
         return peak

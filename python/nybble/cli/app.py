@@ -1,7 +1,7 @@
 """The command line: the verbs, ``--version``, and :func:`main`.
 
-A verb's file declares its options and imports what it needs when it runs, so ``nybble --help`` and a mistyped option
-answer without loading the runtime.
+A verb's file declares its options and imports what it needs when it runs, so ``nybble --help`` and
+a mistyped option answer without loading the runtime.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Where exceptions end: what a user sees and what the shell gets.
 
-Everything a user can cause is a :class:`~nybble.errors.NybbleError` whose message stands alone: it is shown as one line,
-without a traceback. ``NYBBLE_DEBUG=1`` shows the traceback as well. Any other exception is a defect of nybble and says so.
+Everything a user can cause is a :class:`~nybble.errors.NybbleError` whose message stands alone: it
+is shown as one line, without a traceback. ``NYBBLE_DEBUG=1`` shows the traceback as well. Any other
+exception is a defect of nybble and says so.
 """
 
 import functools

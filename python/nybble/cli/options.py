@@ -1,4 +1,4 @@
-"""Options that several verbs share, declared once so that they read and behave the same everywhere."""
+"""Options that several verbs share, declared once so that they behave the same everywhere."""
 
 import math
 from pathlib import Path
@@ -99,7 +99,9 @@ RepeatPenalty = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        "--seed", min=0, help="Seed of the sampling; the same seed gives the same text.",
+        "--seed",
+        min=0,
+        help="Seed of the sampling; the same seed gives the same text.",
         show_default=False,
     ),
 ]

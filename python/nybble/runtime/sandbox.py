@@ -146,12 +146,10 @@ class _GenerationBlock(Extension):
 class _SafeNamespace(Namespace):
     """A namespace whose attributes cannot begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self = args[0]
-        for name in dict(*args[1:], **kwargs):
-            _SafeNamespace._check(name)
-        Namespace.__init__(*args, **kwargs)
-        del self
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        for name in dict(*args, **kwargs):
+            self._check(name)
+        super().__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._check(name)
@@ -225,16 +223,13 @@ class _Bounded(ImmutableSandboxedEnvironment):
         tree: nodes.Template = _Instrument().visit(super()._parse(source, name, filename))
         return tree
 
-    def charged_loop(self, iterable: Any) -> Any:
-        """Return `iterable`, each round charged. Keeps what has a length a list: loops ask for it."""
-        if isinstance(iterable, Mapping | list | tuple | str | range):
-            return _ChargedSequence(list(iterable), self.budget)
-        return self._charged_rounds(iterable)
-
-    def _charged_rounds(self, iterable: Any) -> Any:
+    def charged_loop(self, iterable: Any) -> list[Any]:
+        """Return the items of `iterable`, each of them charged."""
+        items = []
         for item in iterable:
             self.budget.spend(1)
-            yield item
+            items.append(item)
+        return items
 
     def charged_concat(self, *parts: Any) -> str:
         """Join `parts` as the ``~`` operator does."""
@@ -267,20 +262,27 @@ class _Bounded(ImmutableSandboxedEnvironment):
         budget = __self.budget
         budget.spend(1)
         owner = getattr(__obj, "__self__", None)
-        name = getattr(__obj, "__name__", "")
-        if owner is None and name == "wrapper":  # the sandbox's stand-in for str.format
-            closure = getattr(__obj, "__closure__", None) or ()
-            owner = next((c.cell_contents for c in closure if isinstance(c.cell_contents, str)), "")
-            name = "format"
         if isinstance(owner, str):
-            given = [*args, *kwargs.values()]
+            name = getattr(__obj, "__name__", "")
             if name in _AMPLIFIERS:
-                budget.check_amplifier(name, owner, given)
-                if name.startswith("format"):
-                    _check_format(owner)
+                budget.check_amplifier(name, owner, [*args, *kwargs.values()])
             else:
                 budget.size(owner)
         return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Replace the methods ``format`` and ``format_map`` of a text, which know nothing of sandboxes."""
+        inner = super().wrap_str_format(value)
+        if inner is None:
+            return None
+        form: str = value.__self__
+
+        def charged(*args: Any, **kwargs: Any) -> str:
+            _check_format(form)
+            self.budget.check_amplifier("format", form, [*args, *kwargs.values()])
+            return inner(*args, **kwargs)
+
+        return charged
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute a binary operation, charged."""
@@ -305,15 +307,6 @@ class _Bounded(ImmutableSandboxedEnvironment):
             if bits > 4096:  # noqa: PLR2004
                 message = f"{operator} makes a number of more than 4096 bits"
                 raise LimitError(message)
-
-
-class _ChargedSequence(list[Any]):
-    """A list whose iteration is charged."""
-
-    def __init__(self, items: list[Any], budget: _Budget) -> None:
-        super().__init__(items)
-        self._budget = budget
-        budget.spend(len(items))
 
 
 def _check_format(form: object) -> None:

@@ -29,6 +29,8 @@ pub mod writer;
 
 mod blocks;
 mod foreign;
+mod header;
+mod index;
 mod strict;
 
 pub use dtype::Dtype;

@@ -7,6 +7,8 @@
 //! Integer kernels equal `scalar` bit for bit. All kernels compute a row of their result with the same arithmetic however
 //! many rows are computed together and whichever thread does it.
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod arm;
 pub mod attention;
 pub mod columns;
 pub mod elementwise;
@@ -14,6 +16,7 @@ pub mod f32;
 pub mod norm;
 pub mod quantize;
 pub mod rope;
+pub(crate) mod tiles;
 pub mod w4a8;
 pub mod w8a8;
 

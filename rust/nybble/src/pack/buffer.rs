@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::threads::Pool;
 
 /// Alignment of every buffer: a cache line, and the widest vector load.
-pub const ALIGN: usize = 64;
+pub(crate) const ALIGN: usize = 64;
 
 /// Size of a large page. Buffers of several of them start on such a boundary, so the system can back them with large
 /// pages: decode then misses the TLB once in 2 MiB instead of once in 4 KiB.
@@ -19,7 +19,7 @@ const LARGE_PAGE: usize = 2 << 20;
 ///
 /// The length is exact on purpose: a kernel that reads past the end of a matrix is caught by address sanitizers instead of
 /// silently reading padding.
-pub struct Buffer {
+pub(crate) struct Buffer {
     data: NonNull<u8>,
     layout: std::alloc::Layout,
 }
@@ -52,7 +52,7 @@ impl Buffer {
     ///
     /// The runs are filled on the pool's threads, so each page is first touched by the thread that will later read it. A
     /// size the system cannot give is an error about `name`.
-    pub fn build(
+    pub(crate) fn build(
         name: &str,
         units: usize,
         unit: usize,
@@ -87,7 +87,7 @@ impl Buffer {
     }
 
     /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: `build` initialised all of them, and nothing writes them afterwards.
         unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.layout.size()) }
     }

@@ -174,18 +174,18 @@ impl Packed {
 
     /// The scales, with the matrix's factor, and the zero points of group `g`.
     fn group_values(&self, tile: &[u8], g: usize) -> ([f32; TILE_ROWS], [i32; TILE_ROWS]) {
-        let header = header_bytes(self.asymmetric);
-        let header = &tile[self.step_offset(g * self.group / TILE_K) - header..][..header];
-        let (scales, zeros) = header.split_at(SCALE_BYTES);
-        (
-            std::array::from_fn(|r| f16::from_le_bytes([scales[2 * r], scales[2 * r + 1]]).to_f32() * self.scale_mul),
-            match self.layout {
-                _ if self.asymmetric => std::array::from_fn(|r| i32::from(zeros[r])),
-                Layout::W4 => [8; TILE_ROWS],
-                _ => [128; TILE_ROWS],
-            },
-        )
+        let header = self.step_offset(g * self.group / TILE_K) - header_bytes(self.asymmetric);
+        let zero = if self.layout == Layout::W4 { 8 } else { 128 };
+        let (scales, zeros) = group_header(&tile[header..], self.asymmetric, zero);
+        (scales.map(|scale| scale * self.scale_mul), zeros)
     }
+}
+
+/// The scales and the zero points (`zero` where there are none) in the header at the start of `group`.
+pub(crate) fn group_header(group: &[u8], asymmetric: bool, zero: i32) -> ([f32; TILE_ROWS], [i32; TILE_ROWS]) {
+    let (scales, zeros) = group[..header_bytes(asymmetric)].split_at(SCALE_BYTES);
+    let scales = std::array::from_fn(|r| f16::from_le_bytes([scales[2 * r], scales[2 * r + 1]]).to_f32());
+    (scales, if asymmetric { std::array::from_fn(|r| i32::from(zeros[r])) } else { [zero; TILE_ROWS] })
 }
 
 /// The sixteen 32-bit lanes of a chunk.

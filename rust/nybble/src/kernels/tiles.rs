@@ -1,0 +1,153 @@
+//! What all integer matmuls share: the walk over tiles and rows, and the views their inner loops work on.
+//!
+//! A kernel supplies one function: 16 outputs (a tile) for a few rows of activations. Each output of each row has its own
+//! vector lane and its own sums, so how many rows are taken together decides only how often a weight is unpacked, never a
+//! bit of the result.
+
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::Columns;
+use super::quantize::Activations;
+use crate::pack::{Packed, TILE_K, TILE_ROWS, header_bytes};
+
+/// The outputs of one tile for one row of activations.
+pub(crate) type Outputs = [f32; TILE_ROWS];
+
+/// One tile of integer weights.
+pub(crate) struct Tile<'a> {
+    /// For each group its header (see [`Tile::header`]) and its steps.
+    pub(crate) bytes: &'a [u8],
+    /// Whether headers have zero points.
+    pub(crate) asymmetric: bool,
+    /// Steps of 32 columns.
+    pub(crate) steps: usize,
+    /// Steps of every group but perhaps the last.
+    pub(crate) group_steps: usize,
+}
+
+/// Some rows of activations.
+pub(crate) struct Rows<'a> {
+    /// `[rows, stride]`.
+    pub(crate) codes: &'a [i8],
+    /// Columns rounded up to 32.
+    pub(crate) stride: usize,
+    /// `[rows, groups]`.
+    pub(crate) scales: &'a [f32],
+    /// `[rows, groups]`.
+    pub(crate) sums: &'a [i32],
+    /// Groups of a row.
+    pub(crate) groups: usize,
+}
+
+impl Tile<'_> {
+    /// Bytes before each group's steps: 16 scales as f16, then 16 zero points if there are any.
+    pub(crate) fn header(&self) -> usize {
+        header_bytes(self.asymmetric)
+    }
+
+    /// The steps of group `g`.
+    #[inline]
+    pub(crate) fn steps_of(&self, g: usize) -> usize {
+        self.group_steps.min(self.steps - g * self.group_steps)
+    }
+
+    /// Asserts what the kernels' pointer arithmetic relies on: the tile and `m` rows of `x` have as many steps and groups
+    /// as they say.
+    #[inline]
+    pub(crate) fn check(&self, x: &Rows<'_>, m: usize, step_bytes: usize) {
+        let groups = self.steps.div_ceil(self.group_steps);
+        assert!(
+            self.bytes.len() == groups * self.header() + self.steps * step_bytes
+                && x.groups == groups
+                && x.stride == self.steps * TILE_K
+                && x.codes.len() == m * x.stride
+                && x.scales.len() == m * groups
+                && x.sums.len() == m * groups,
+            "weights and activations differ in shape"
+        );
+    }
+}
+
+/// Calls `block` for every tile and for up to `MAX` rows at a time, and writes what it returns to `y`.
+///
+/// `block` gets as many outputs, all 0, as there are rows.
+///
+/// # Safety
+/// As [`super::IntMatmul::tiles`].
+pub(crate) unsafe fn walk<const MAX: usize>(
+    w: &Packed,
+    x: &Activations,
+    tiles: Range<usize>,
+    y: Columns<'_>,
+    block: impl Fn(&Tile<'_>, &Rows<'_>, &mut [Outputs]),
+) {
+    let factor = w.scale_mul();
+    for t in tiles {
+        let tile = Tile {
+            bytes: w.tile_bytes(t),
+            asymmetric: w.asymmetric(),
+            steps: w.cols().div_ceil(TILE_K),
+            group_steps: w.group() / TILE_K,
+        };
+        for first in (0..x.rows()).step_by(MAX) {
+            let count = MAX.min(x.rows() - first);
+            let mut outputs = [[0.0; TILE_ROWS]; MAX];
+            let outputs = &mut outputs[..count];
+            block(&tile, &x.block(first, count), outputs);
+            for (r, outputs) in outputs.iter_mut().enumerate() {
+                if factor != 1.0 {
+                    outputs.iter_mut().for_each(|v| *v *= factor);
+                }
+                // SAFETY: only this thread uses this tile's columns, and the slice is gone before the next is made.
+                let to = unsafe { y.row(first + r, t * TILE_ROWS, TILE_ROWS) };
+                // The last tile of a matrix may have fewer rows than 16.
+                to.copy_from_slice(&outputs[..to.len()]);
+            }
+        }
+    }
+}
+
+/// A kernel type holding its capability token, its `kernel()` and its [`super::IntMatmul`].
+macro_rules! int_matmul_kernel {
+    ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident) => {
+        struct Kernel(
+            #[expect(dead_code, reason = "held as the proof that the instructions may be used")]
+            crate::cpu::$token,
+        );
+
+        /// The kernel, if the CPU has the tier.
+        pub(super) fn kernel() -> Option<&'static dyn crate::kernels::IntMatmul> {
+            static KERNEL: std::sync::LazyLock<Option<Kernel>> =
+                std::sync::LazyLock::new(|| crate::cpu::$token::new().map(Kernel));
+            KERNEL.as_ref().map(|k| k as &dyn crate::kernels::IntMatmul)
+        }
+
+        impl crate::kernels::IntMatmul for Kernel {
+            fn isa(&self) -> crate::cpu::Isa {
+                $isa
+            }
+
+            fn layout(&self) -> crate::pack::Layout {
+                $layout
+            }
+
+            unsafe fn tiles(
+                &self,
+                w: &crate::pack::Packed,
+                x: &crate::kernels::quantize::Activations,
+                tiles: std::ops::Range<usize>,
+                y: crate::kernels::Columns<'_>,
+            ) {
+                // SAFETY: the token proves that the CPU has the instructions `block` is compiled for; the rest is the
+                // caller's promise.
+                unsafe {
+                    crate::kernels::tiles::walk::<$rows>(w, x, tiles, y, |tile, x, out| $block(tile, x, out));
+                }
+            }
+        }
+    };
+}
+
+pub(crate) use int_matmul_kernel;

@@ -1,0 +1,32 @@
+//! 4-bit weights, 8-bit activations.
+//!
+//! Per group: an exact integer dot product of unsigned codes 0..=15 with activations -127..=127, less `zero` times the
+//! activations' sum; then one fused multiply-add with the product of the two scales. See [`crate::pack`] for the tile.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dotprod;
+mod scalar;
+
+use super::IntMatmul;
+
+/// All implementations this CPU allows, lowest tier first.
+pub fn kernels() -> Vec<&'static dyn IntMatmul> {
+    let mut list: Vec<&'static dyn IntMatmul> = vec![&scalar::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    {
+        list.extend(avx2::kernel());
+        list.extend(avx512vnni::kernel());
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        list.extend(neon::kernel());
+        list.extend(neon_dotprod::kernel());
+    }
+    list
+}

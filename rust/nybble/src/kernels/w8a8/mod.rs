@@ -1,0 +1,32 @@
+//! 8-bit weights, 8-bit activations.
+//!
+//! As `w4a8`, with codes 0..=255. Tiles hold them as signed bytes (less 128), so that a symmetric matrix, whose zero point is
+//! 128, needs no correction at all on instruction sets that multiply signed bytes. See [`crate::pack`] for the tile.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dotprod;
+mod scalar;
+
+use super::IntMatmul;
+
+/// All implementations this CPU allows, lowest tier first.
+pub fn kernels() -> Vec<&'static dyn IntMatmul> {
+    let mut list: Vec<&'static dyn IntMatmul> = vec![&scalar::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    {
+        list.extend(avx2::kernel());
+        list.extend(avx512vnni::kernel());
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        list.extend(neon::kernel());
+        list.extend(neon_dotprod::kernel());
+    }
+    list
+}
