@@ -114,3 +114,74 @@ def seconds(value: float) -> str:
 def count(value: int) -> str:
     """Write a count: ``134,515,008``."""
     return f"{value:,}"
+
+
+class TokenBar:
+    """A progress bar over tokens on stderr, with a remark behind it."""
+
+    def __init__(self, label: str, *, on: bool) -> None:
+        self._label = label
+        self._on = on
+        self._bar: Any = None
+
+    def update(self, done: int, total: int, remark: str = "") -> None:
+        """Show that ``done`` of ``total`` tokens are done."""
+        if not self._on:
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                desc=self._label,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=False,
+            )
+        self._bar.set_postfix_str(remark, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> "TokenBar":
+        """Return the bar."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def token_bar(label: str, *, on: bool) -> TokenBar:
+    """Make a progress bar; it appears with its first update."""
+    return TokenBar(label, on=on)
+
+
+class TextWriter:
+    """Writes a model's text to stdout as it comes.
+
+    On a terminal control characters other than newline and tab are left out: a model's text should
+    not be able to move the cursor or rename the window. Into a pipe or file the text goes unchanged.
+    """
+
+    def __init__(self) -> None:
+        self._filter = sys.stdout.isatty()
+        self._last = "\n"
+
+    def write(self, piece: str) -> None:
+        """Write a piece and flush it."""
+        if self._filter:
+            piece = "".join(c for c in piece if c in "\n\t" or not _is_control(c))
+        if piece:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            self._last = piece[-1]
+
+    def end(self) -> None:
+        """Make sure that the text ends with a newline."""
+        if self._last != "\n":
+            self.write("\n")
+
+
+def _is_control(char: str) -> bool:
+    return ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0

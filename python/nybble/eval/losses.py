@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,9 @@ def token_losses(
 ) -> npt.NDArray[np.float64]:
     """Return ``-log softmax(logits[i])[targets[i]]`` in nats.
 
-    The largest logit is subtracted first, which is exact enough in float32; the exponentials are
-    taken in float32 and added and logarithmised in float64. Against float64 throughout the loss
-    differs by less than 1e-6, and takes a third of the time.
+    The exponentials, relative to the largest logit, are taken in float32; they are added and
+    logarithmised in float64. The loss differs by less than 1e-6 from the one computed in float64
+    throughout, which takes several times as long.
 
     Parameters
     ----------
@@ -33,37 +32,39 @@ def token_losses(
         rows = logits[start : start + _ROWS]
         which = chosen[start : start + _ROWS]
         top = rows.max(axis=1, keepdims=True)
-        picked = np.take_along_axis(rows, which[:, None], axis=1) - top
+        picked = np.take_along_axis(rows, which[:, None], axis=1)
         powers = rows - top
         np.exp(powers, out=powers)
         totals = powers.sum(axis=1, dtype=np.float64)
-        losses[start : start + _ROWS] = np.log(totals) - picked[:, 0].astype(np.float64)
+        losses[start : start + _ROWS] = np.log(totals) - (
+            picked[:, 0].astype(np.float64) - top[:, 0]
+        )
     return losses
 
 
-@dataclass
 class Tally:
-    """Sums of losses, one entry a window.
+    """Sums of losses, window by window."""
 
-    Parameters
-    ----------
-    losses
-        The sum of each window's losses, in nats.
-    counts
-        The tokens predicted in each.
-    """
-
-    losses: list[float]
-    counts: list[int]
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.counts: list[int] = []
+        self._open: list[float] = []
+        self._count = 0
 
     def add(self, losses: npt.NDArray[np.float64]) -> None:
-        """Count one window."""
-        self.losses.append(math.fsum(losses))
-        self.counts.append(len(losses))
+        """Count some tokens of the present window."""
+        self._open.append(float(losses.sum()))
+        self._count += len(losses)
+
+    def close(self) -> None:
+        """End the present window."""
+        self.losses.append(math.fsum(self._open))
+        self.counts.append(self._count)
+        self._open, self._count = [], 0
 
     @property
     def tokens(self) -> int:
-        """Tokens predicted so far."""
+        """Tokens predicted in the windows that have ended."""
         return sum(self.counts)
 
     @property

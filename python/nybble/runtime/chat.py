@@ -1,13 +1,13 @@
 """From messages to the text a model was trained on, without letting users write control tokens.
 
 A chat template writes the model's control tokens (``<|im_start|>`` and the like) around the
-messages. If a message itself contains the text ``<|im_end|>``, encoding the rendered text would turn
-it into the control token, and whoever wrote the message could end their turn and speak as somebody
-else. So every text of the messages is *marked* before it is rendered: inside each control token's
-spelling a character that occurs nowhere else is inserted after the first character. The template
-sees ordinary text (it can strip, split and compare it), and after rendering a spelling with the mark
-inside is the user's and one without is the template's. The mark is then taken out again and the
-text around it is encoded with control tokens switched off.
+messages. If a message itself contains the text ``<|im_end|>``, encoding the rendered text would
+turn it into the control token, and whoever wrote the message could end their turn and speak as
+somebody else. So every text of the messages is *marked* before it is rendered: inside each control
+token's spelling, after its first character, a character is inserted that occurs nowhere else. The
+template sees ordinary text (it can strip, split and compare it). After rendering, a spelling with
+the mark inside is the user's and one without is the template's. The mark is then taken out again
+and the text around it is encoded with control tokens switched off.
 
 Roles are not marked, since templates build control tokens from them (``'<|' + role + '|>'``); they
 must be short words instead.
@@ -97,7 +97,7 @@ def _texts(value: object, out: list[str]) -> None:
 
 
 def _plain(value: object, name: str, put: Callable[[str], str], depth: int = 0) -> Any:
-    """Rebuild `value` from plain types, each text marked: a template gets no object with methods."""
+    """Rebuild `value` from plain types with marked texts: a template gets no other objects."""
     if depth > _MAX_DEPTH:
         message = f"{name}: expected at most {_MAX_DEPTH} levels of nesting"
         raise ArgumentError(message)

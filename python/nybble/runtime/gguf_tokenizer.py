@@ -1,9 +1,9 @@
 """Rebuilds a tokenizer from the metadata of a GGUF file.
 
-A GGUF file holds a vocabulary, the kind of every token, merges or scores, and the *name* of the rule
-that cuts text into words (``tokenizer.ggml.pre``); not the rule. The rules known here are written
-down in `_PRE_TOKENIZERS`, as the models' own ``tokenizer.json`` have them. Two kinds of vocabulary
-are read:
+A GGUF file holds a vocabulary, the kind of every token, merges or scores, and the *name* of the
+rule that cuts text into words (``tokenizer.ggml.pre``); not the rule. The rules known here are
+written down in `_PRE_TOKENIZERS`, as the models' own ``tokenizer.json`` have them. Two kinds of
+vocabulary are read:
 
 * ``gpt2``: byte-level BPE, with merges (Llama 3, SmolLM2, Qwen, GPT-2, BLOOM, OPT);
 * ``llama``: a SentencePiece BPE with byte fallback, with scores (Llama 2, Mistral, Gemma). Merges
@@ -56,7 +56,7 @@ _GPT2_PRE = _Pre()
 _SMOLLM_PRE = _Pre(digits=True)
 _LLAMA3_PRE = _Pre((_LLAMA3,), whole_words=True, begin=True)
 _QWEN2_PRE = _Pre((_QWEN2,), nfc=True)
-_BLOOM_PRE = _Pre((r" ?[^(\s|.,!?…。，、।۔،)]+",))
+_BLOOM_PRE = _Pre((r" ?[^(\s|.,!?…。，、।۔،)]+",))  # noqa: RUF001
 _DEFAULT_PRE = _Pre((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
 
 _PRE_TOKENIZERS = {
@@ -177,11 +177,14 @@ def rebuild(values: Mapping[str, object], where: str) -> Rebuilt:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
-        raise metadata.wrong("tokenizer.ggml.tokens", "every token once", twice)
+        error = metadata.wrong("tokenizer.ggml.tokens", "every token once", twice)
+        raise error
     kinds = metadata.numbers("tokenizer.ggml.token_type", len(tokens))
     ids = {name: metadata.token_id(key, len(tokens)) for name, key in _ROLES.items()}
     if kinds is None:
-        kinds = [float(_CONTROL if index in ids.values() else _NORMAL) for index in range(len(tokens))]
+        kinds = [
+            float(_CONTROL if index in ids.values() else _NORMAL) for index in range(len(tokens))
+        ]
     if model == "gpt2":
         name = metadata.text("tokenizer.ggml.pre", "default") or "default"
         pre = _PRE_TOKENIZERS.get(name)
@@ -232,7 +235,8 @@ def _pair(metadata: _Metadata, merge: str) -> list[str]:
     # The first character belongs to the left part, even if it is a space.
     at = merge.find(" ", 1)
     if at < 0:
-        raise metadata.wrong("tokenizer.ggml.merges", "two parts with a space between", merge)
+        error = metadata.wrong("tokenizer.ggml.merges", "two parts with a space between", merge)
+        raise error
     return [merge[:at], merge[at + 1 :]]
 
 
@@ -335,7 +339,7 @@ def _sentencepiece_json(
     if "tokenizer.ggml.merges" in metadata.values:
         merges = [_pair(metadata, merge) for merge in metadata.texts("tokenizer.ggml.merges")]
     else:
-        # Gemma's scores do not tell the order its pieces were learned in; their places in the list do.
+        # Gemma's scores do not tell the order its pieces were learned in; their places do.
         merges = _merges(vocabulary, kinds, None if gemma else scores)
     prefix = metadata.flag("tokenizer.ggml.add_space_prefix", not gemma)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}

@@ -17,7 +17,7 @@ __all__ = ["tokenizer_errors"]
 
 
 def _is_panic(error: BaseException) -> bool:
-    # The class is made anew by every extension module and cannot be imported: its name is all there is.
+    # Every extension module makes this class anew; it cannot be imported, only known by its name.
     return type(error).__name__ == "PanicException"
 
 

@@ -20,16 +20,17 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import wraps
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -46,8 +47,10 @@ MAX_SECONDS = 5.0
 
 _CLOCK_EVERY = 256  # units between two looks at the clock
 _AMPLIFIERS = frozenset(
-    "batch center expandtabs format format_map indent join ljust replace rjust slice tojson "
-    "translate wordwrap zfill".split()
+    [
+        *("batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust"),
+        *("replace", "rjust", "slice", "tojson", "translate", "wordwrap", "zfill"),
+    ]
 )
 _WIDE_FORMAT = re.compile(r"\d{5}|\*")
 
@@ -117,17 +120,17 @@ class _Budget:
 class _Instrument(NodeTransformer):
     """Sends loops and the ``~`` operator through the environment's charged methods."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+    def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.iter = self._call("charged_loop", [node.iter], node.lineno)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return self._call("charged_concat", node.nodes, node.lineno)
 
     @staticmethod
-    def _call(method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
+    def _call(method: str, args: list[Any], line: int) -> nodes.Node:
         # An attribute of the environment, not a name: a template cannot put its own in its place.
         call = nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
         return call.set_lineno(line)
@@ -188,7 +191,7 @@ def _raise_exception(message: object) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    if len(form) > 256:  # noqa: PLR2004
+    if len(form) > 256:
         message = "strftime_now: the format is too long"
         raise LimitError(message)
     return datetime.now().astimezone().strftime(form)
@@ -257,7 +260,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
         return charged
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call on behalf of the template, charged."""
         budget = __self.budget
         budget.spend(1)
@@ -271,7 +274,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Replace the methods ``format`` and ``format_map`` of a text, which know nothing of sandboxes."""
+        """Replace the methods ``format`` and ``format_map`` of a text."""
         inner = super().wrap_str_format(value)
         if inner is None:
             return None
@@ -304,7 +307,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             self.budget.check_amplifier(operator, text, [count])
         elif isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length()
-            if bits > 4096:  # noqa: PLR2004
+            if bits > 4096:
                 message = f"{operator} makes a number of more than 4096 bits"
                 raise LimitError(message)
 
@@ -313,6 +316,19 @@ def _check_format(form: object) -> None:
     if _WIDE_FORMAT.search(str(form)):
         message = "a format with a width of more than 9999 characters"
         raise LimitError(message)
+
+
+def _joined(pieces: Iterator[str], budget: _Budget) -> str:
+    out = []
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        budget.spend(1)
+        if total > MAX_TEXT:
+            message = f"it writes more than {MAX_TEXT} characters"
+            raise LimitError(message)
+        out.append(piece)
+    return "".join(out)
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:
@@ -339,23 +355,13 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
         raise LimitError(message)
     budget = _Budget()
     try:
-        environment: Environment = _Bounded(budget)
-        pieces = []
-        total = 0
-        for piece in environment.from_string(source).generate(variables):
-            total += len(piece)
-            budget.spend(1)
-            if total > MAX_TEXT:
-                message = f"it writes more than {MAX_TEXT} characters"
-                raise LimitError(message)
-            pieces.append(piece)
-        return "".join(pieces)
+        return _joined(_Bounded(budget).from_string(source).generate(variables), budget)
     except (LimitError, RefusedError, TemplateError):
         raise
     except (RecursionError, MemoryError) as error:
         message = f"it is nested too deeply or too large ({type(error).__name__})"
         raise LimitError(message) from None
     except Exception as error:
-        # Anything a template does wrong: adding a number to a text, dividing by zero, an index out of range.
+        # What a template does wrong: adding a number to a text, dividing by zero, a bad index.
         message = f"{type(error).__name__}: {error}"
         raise TemplateError(message) from error

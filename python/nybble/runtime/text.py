@@ -9,7 +9,6 @@ what may become a stop string, so that no part of one is ever shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 
 __all__ = ["StopScanner", "TextDecoder"]
 
@@ -62,17 +61,24 @@ class TextDecoder:
 
     def _advance(self, text: str) -> str:
         # Decoders that tidy up spaces may change the end of what was already shown.
-        piece = text[len(commonprefix([text, self._shown])) :]
+        piece = text[_shared(text, self._shown) :]
         if not piece:
             # A token without text (a special one) must not become the only context of the next.
             self._read = len(self._window)
             self._shown = text
             return ""
-        # The tokens of this piece are the context of the next: they begin and end with whole characters.
+        # The tokens of this piece are the next one's context: they are whole characters.
         self._window = self._window[self._read :]
         self._read = len(self._window)
         self._shown = self._decode(self._window)
         return piece
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many characters `a` and `b` have in common at their beginning."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
 
 
 class StopScanner:

@@ -61,8 +61,8 @@ class Tokenizer:
         self.config = dict(config or {})
         self.templates = dict(templates or {})
         self._text = text
-        # Whether control tokens in a text are meant is state of the library's object; two objects need
-        # no lock. Most uses need only one of them.
+        # Whether control tokens in a text are meant is state of the library's object. Two objects
+        # need no lock, and most uses need only one of them.
         self._backends: dict[bool, tokenizers.Tokenizer] = {}
         backend = self._backend(False)
         with tokenizer_errors(where, "reading the vocabulary"):
@@ -108,9 +108,6 @@ class Tokenizer:
             Whether the spelling of a control token in `text` becomes that token. For text of users
             it should not.
         """
-        if not isinstance(text, str):
-            message = f"text: expected a str, found {type(text).__name__}"
-            raise ArgumentError(message)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -291,7 +288,8 @@ def from_folder(path: str | Path) -> Tokenizer:
     """
     folder = Path(path)
     config = read_json(folder / "tokenizer_config.json", _MAX_CONFIG, missing={})
-    for name, value in read_json(folder / "special_tokens_map.json", _MAX_CONFIG, missing={}).items():
+    more = read_json(folder / "special_tokens_map.json", _MAX_CONFIG, missing={})
+    for name, value in more.items():
         config.setdefault(name, value)
     templates = _templates(folder, config)
     config.pop("chat_template", None)
@@ -313,7 +311,7 @@ def from_folder(path: str | Path) -> Tokenizer:
 
 
 def from_gguf(metadata: Mapping[str, object], where: str = "gguf") -> Tokenizer:
-    """Rebuild the tokenizer of a GGUF file from its metadata; see :mod:`nybble.runtime.gguf_tokenizer`."""
+    """Rebuild the tokenizer of a GGUF file; see :mod:`nybble.runtime.gguf_tokenizer`."""
     parts = rebuild(metadata, where)
     text = json.dumps(parts.tokenizer, ensure_ascii=False)
     return Tokenizer(text, parts.config, parts.templates, where=where, end_ids=parts.end_ids)

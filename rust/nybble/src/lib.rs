@@ -4,6 +4,7 @@
 
 pub mod cpu;
 pub mod error;
+pub mod format;
 pub mod pack;
 pub mod solve;
 pub mod threads;

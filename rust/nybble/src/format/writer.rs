@@ -41,12 +41,10 @@ impl SafeTensorsWriter {
     pub fn create(path: impl AsRef<Path>, entries: Vec<(String, Dtype, Vec<usize>)>) -> Result<Self> {
         let path = path.as_ref();
         let (header, tensors, len) = layout(entries)?;
-        let mut file =
-            OpenOptions::new().write(true).create_new(true).open(path).map_err(Error::io(path))?;
-        let writer = |file| Self { path: path.to_path_buf(), file, tensors };
+        let mut file = OpenOptions::new().write(true).create_new(true).open(path).map_err(Error::io(path))?;
         let started = file.write_all(&header).and_then(|()| file.set_len(len));
-        let writer = writer(Some(file)); // from here on a failure removes the file
-        started.map_err(Error::io(path))?;
+        let writer = Self { path: path.to_path_buf(), file: Some(file), tensors };
+        started.map_err(Error::io(path))?; // drops the writer, which removes the file
         Ok(writer)
     }
 
@@ -72,13 +70,15 @@ impl SafeTensorsWriter {
         if bytes.is_empty() {
             return Ok(());
         }
-        if !slot.claim(start, end) {
+        if !slot.is_free(start, end) {
             let found = format!("some of {start} to {end} a second time");
             return Err(Error::argument(quoted(name), "each byte written once", found));
         }
         let place = SeekFrom::Start(slot.start + start);
         let file = self.file.as_mut().expect("the file is taken by `finish` only, which consumes the writer");
-        file.seek(place).and_then(|_| file.write_all(bytes)).map_err(Error::io(&self.path))
+        file.seek(place).and_then(|_| file.write_all(bytes)).map_err(Error::io(&self.path))?;
+        self.slot(name)?.mark(start, end);
+        Ok(())
     }
 
     /// Checks that all bytes were written and that they have reached the disk.
@@ -117,29 +117,23 @@ impl Drop for SafeTensorsWriter {
 }
 
 impl Slot {
-    /// Marks a run as written; false if some of it is already.
-    fn claim(&mut self, mut start: u64, mut end: u64) -> bool {
-        let before = self.written.range(..=start).next_back().map(|(&start, &end)| (start, end));
-        let after = self.written.range(start..).next().map(|(&start, &end)| (start, end));
-        if before.is_some_and(|(_, before_end)| before_end > start)
-            || after.is_some_and(|(after_start, _)| after_start < end)
-        {
-            return false;
-        }
-        // Runs that touch become one, so a tensor written front to back is always a single run.
-        if let Some((before_start, before_end)) = before
+    /// Whether nothing of a run has been written.
+    fn is_free(&self, start: u64, end: u64) -> bool {
+        // Runs are disjoint, so the last one that starts before `end` reaches furthest.
+        self.written.range(..end).next_back().is_none_or(|(_, &before_end)| before_end <= start)
+    }
+
+    /// Marks a free run as written. Runs that touch become one, so a tensor written front to back is a single run.
+    fn mark(&mut self, mut start: u64, mut end: u64) {
+        if let Some((&before_start, &before_end)) = self.written.range(..start).next_back()
             && before_end == start
         {
             start = before_start;
         }
-        if let Some((after_start, after_end)) = after
-            && after_start == end
-        {
-            self.written.remove(&after_start);
+        if let Some(after_end) = self.written.remove(&end) {
             end = after_end;
         }
         self.written.insert(start, end);
-        true
     }
 }
 
@@ -193,11 +187,11 @@ fn layout(mut entries: Vec<(String, Dtype, Vec<usize>)>) -> Result<(Vec<u8>, BTr
     let mut header = (text.len() as u64).to_le_bytes().to_vec();
     header.extend_from_slice(text.as_bytes());
     let start = header.len() as u64;
-    for slot in tensors.values_mut() {
-        slot.start += start; // what overflows here has overflowed `end + start` below as well
-    }
     let Some(len) = end.checked_add(start).filter(|&len| i64::try_from(len).is_ok()) else {
         return Err(Error::argument("entries", "a file whose size can be counted", format!("{end} bytes")));
     };
+    for slot in tensors.values_mut() {
+        slot.start += start; // at most `len`
+    }
     Ok((header, tensors, len))
 }

@@ -1,7 +1,5 @@
 //! NEON instructions whose intrinsics are not stable yet, as one-line assembler wrappers, in this one place.
 
-#![allow(unsafe_code)]
-
 use std::arch::aarch64::*;
 use std::arch::asm;
 

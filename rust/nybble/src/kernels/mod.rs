@@ -7,6 +7,11 @@
 //! Integer kernels equal `scalar` bit for bit. All kernels compute a row of their result with the same arithmetic however
 //! many rows are computed together and whichever thread does it.
 
+#![allow(unsafe_code)]
+#![allow(clippy::wildcard_imports)] // `std::arch` has no other readable form
+#![allow(clippy::cast_ptr_alignment)] // vectors are loaded with the unaligned instructions
+#![allow(clippy::needless_range_loop)] // several arrays of registers are indexed together
+
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod arm;
 pub mod attention;

@@ -4,8 +4,6 @@
 //! vector lane and its own sums, so how many rows are taken together decides only how often a weight is unpacked, never a
 //! bit of the result.
 
-#![allow(unsafe_code)]
-
 use std::ops::Range;
 
 use super::Columns;
@@ -84,6 +82,7 @@ pub(crate) unsafe fn walk<const MAX: usize>(
     block: impl Fn(&Tile<'_>, &Rows<'_>, &mut [Outputs]),
 ) {
     let factor = w.scale_mul();
+    let scaled = factor.to_bits() != 1f32.to_bits();
     for t in tiles {
         let tile = Tile {
             bytes: w.tile_bytes(t),
@@ -97,8 +96,10 @@ pub(crate) unsafe fn walk<const MAX: usize>(
             let outputs = &mut outputs[..count];
             block(&tile, &x.block(first, count), outputs);
             for (r, outputs) in outputs.iter_mut().enumerate() {
-                if factor != 1.0 {
-                    outputs.iter_mut().for_each(|v| *v *= factor);
+                if scaled {
+                    for v in outputs.iter_mut() {
+                        *v *= factor;
+                    }
                 }
                 // SAFETY: only this thread uses this tile's columns, and the slice is gone before the next is made.
                 let to = unsafe { y.row(first + r, t * TILE_ROWS, TILE_ROWS) };

@@ -237,7 +237,7 @@ struct Described {
 }
 
 fn read_tensors(cursor: &mut Cursor<'_>, count: usize) -> Result<Vec<Described>> {
-    let mut described = Vec::with_capacity(count); // each takes more bytes in the file: see `count`
+    let mut described = Vec::with_capacity(count); // at most MAX_TENSORS
     for index in 0..count {
         let name = cursor.text(&|| format!("name of tensor {index}"))?;
         if let Some((expected, found)) = name_fault(name) {

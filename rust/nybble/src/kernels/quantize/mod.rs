@@ -7,8 +7,6 @@
 //! Two kinds of group have no usable scale. Values so small that the scale would be subnormal (below about 1e-36) become
 //! zeros with scale 0. A group with a NaN or an infinity becomes zeros with scale NaN, so that the outputs show it.
 
-#![allow(unsafe_code)]
-
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -109,6 +107,7 @@ impl Activations {
     }
 
     /// Replaces the contents with `x`, `[rows, cols]`, in groups of `group` columns: a multiple of 32, or `cols`.
+    #[expect(clippy::too_many_arguments, reason = "a matrix is three of them")]
     pub fn quantize(
         &mut self,
         pool: &Pool,

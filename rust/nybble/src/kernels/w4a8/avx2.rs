@@ -7,8 +7,6 @@
 //! Four rows at a time: eight 16-bit sums, four unpacked weight vectors, two constants and a broadcast fill the sixteen
 //! registers; the 32-bit sums, touched once a step, and the outputs, once a group, may live in memory.
 
-#![allow(unsafe_code)]
-
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;

@@ -4,8 +4,6 @@
 //! adds in 32 bits, starting from `-zero * sum(x)`. With one row two chains of sums hide its latency; with eight rows the
 //! eight chains do.
 
-#![allow(unsafe_code)]
-
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;

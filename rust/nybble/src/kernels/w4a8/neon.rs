@@ -4,8 +4,6 @@
 //! bits. A product is at most `15 * 127 = 1905`, and a lane gets eight of them a step (15240); at its end `sadalp` adds
 //! neighbours into 32 bits. The two 32-bit lanes a row are added once a group.
 
-#![allow(unsafe_code)]
-
 use std::arch::aarch64::*;
 
 use crate::cpu::Isa;

@@ -1,7 +1,5 @@
 //! `w4a8/scalar`: the oracle.
 
-#![allow(unsafe_code)]
-
 use std::ops::Range;
 
 use crate::cpu::Isa;

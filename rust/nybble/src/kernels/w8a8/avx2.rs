@@ -7,8 +7,6 @@
 //! Considered and not better: widening weights and activations to 16 bits and using `vpmaddwd` alone has as many
 //! multiplications and needs three more instructions for every four activations.
 
-#![allow(unsafe_code)]
-
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;

@@ -3,8 +3,6 @@
 //! One 512-bit vector is a whole chunk: 16 rows by four columns. The instruction wants unsigned codes, so 128 is added back
 //! by an XOR, and it adds in 32 bits, starting from `-zero * sum(x)`.
 
-#![allow(unsafe_code)]
-
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;

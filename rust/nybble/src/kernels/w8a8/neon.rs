@@ -3,8 +3,6 @@
 //! As `w4a8/neon`, but a product is up to `128 * 127 = 16256`: two of them fit into 16 bits (32512), a third does not. So
 //! two chunks are multiplied and then added into 32 bits.
 
-#![allow(unsafe_code)]
-
 use std::arch::aarch64::*;
 
 use crate::cpu::Isa;

@@ -3,8 +3,6 @@
 //! A chunk is four vectors of four rows by four columns; `sdot` multiplies them by four activations picked from a register
 //! that holds sixteen, so nothing is broadcast.
 
-#![allow(unsafe_code)]
-
 use std::arch::aarch64::*;
 
 use crate::cpu::Isa;

@@ -1,0 +1,404 @@
+"""Load a model, ask it for logits, text or an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nybble.errors import ArgumentError
+from nybble.runtime.files import read_json
+from nybble.runtime.generation import Generation, Sampling, Stream, count
+from nybble.runtime.session import Session, token_array
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from nybble import _nybble
+    from nybble.runtime.tokenizer import Tokenizer
+
+__all__ = ["DEFAULT_NEW_TOKENS", "LanguageModel", "NybbleForCausalLM", "from_pretrained", "load"]
+
+DEFAULT_NEW_TOKENS = 256
+"""Most new tokens when nothing is asked for; fewer where the context ends earlier."""
+_MAX_CONFIG = 16 << 20
+
+
+class LanguageModel:
+    """A model that writes text.
+
+    Made by :func:`load`. One model can be used by several threads; its weights are shared and the
+    threads take turns. A child process after ``fork`` can go on using it.
+
+    Parameters
+    ----------
+    raw
+        The extension's model.
+    path
+        The folder or file it came from.
+    """
+
+    def __init__(self, raw: _nybble.Model, path: Path) -> None:
+        self.raw = raw
+        self.path = path
+        self.info: dict[str, Any] = json.loads(raw.info())
+        self.vocab_size = int(self.info["vocab"])
+        self.context = int(self.info["context"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights, loaded when first asked for."""
+        from nybble.runtime import tokenizer
+
+        if self.path.is_dir():
+            return tokenizer.from_folder(self.path)
+        from nybble import _nybble
+
+        metadata = _nybble.Checkpoint.open(str(self.path)).gguf_metadata()
+        return tokenizer.from_gguf(metadata, str(self.path))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer beside the weights."""
+        names = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+        return self.path.is_file() or any((self.path / name).exists() for name in names)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as the configuration files and the tokenizer say."""
+        ends: set[int] = set()
+        if self.path.is_dir():
+            for name in ("generation_config.json", "config.json"):
+                value = read_json(self.path / name, _MAX_CONFIG, missing={}).get("eos_token_id")
+                found = value if isinstance(value, list) else [value]
+                ends |= {i for i in found if isinstance(i, int) and 0 <= i < self.vocab_size}
+                if ends:
+                    break
+        if self.has_tokenizer:
+            ends |= set(self.tokenizer.end_ids)
+        return tuple(sorted(i for i in ends if i < self.vocab_size))
+
+    def session(self) -> Session:
+        """Return a new, empty session; see :class:`nybble.runtime.session.Session`."""
+        return Session(self.raw.session(), self.vocab_size)
+
+    def forward(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return the logits after each of `ids`, an array of shape ``[n, vocab]``.
+
+        Parameters
+        ----------
+        ids
+            Tokens from the beginning of a text. For a text that goes on, use :meth:`session`.
+        """
+        array = token_array(ids, self.vocab_size)
+        if array.size == 0:
+            message = "ids: expected at least one token, found none"
+            raise ArgumentError(message)
+        return self.raw.session().forward(array, "all")
+
+    __call__ = forward
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | npt.NDArray[Any],
+        max_new_tokens: int | None = None,
+        *,
+        streamer: Callable[[str], object] | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Continue `prompt` and return the whole continuation.
+
+        See :meth:`stream` for the parameters.
+
+        Parameters
+        ----------
+        prompt
+            Text, or tokens.
+        max_new_tokens
+            Most tokens to generate.
+        streamer
+            Called with each piece of text as it comes.
+        **settings
+            As for :meth:`stream`.
+        """
+        stream = self.stream(prompt, max_new_tokens, **settings)
+        if streamer is not None:
+            for piece in stream:
+                streamer(piece)
+        return stream.result()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | npt.NDArray[Any],
+        max_new_tokens: int | None = None,
+        *,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
+        skip_special_tokens: bool = True,
+        parse_special: bool = False,
+        session: Session | None = None,
+    ) -> Stream:
+        """Continue `prompt` and give out the text while it comes.
+
+        Without a temperature the most probable token is taken every time.
+
+        Parameters
+        ----------
+        prompt
+            Text, or tokens. An empty text is allowed where the tokenizer begins texts with a token.
+        max_new_tokens
+            Most tokens to generate; by default `DEFAULT_NEW_TOKENS`, or as many as the context
+            holds. A number the context cannot hold is an error.
+        do_sample, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
+            See :class:`~nybble.runtime.generation.Sampling`.
+        stop
+            Texts that end the generation; they are not part of the result.
+        ignore_end
+            Whether to go on when the model ends the text.
+        skip_special_tokens
+            Whether control tokens are left out of the text.
+        parse_special
+            Whether control tokens spelled in a text prompt become control tokens.
+        session
+            The session to continue in: what `prompt` shares with it is not computed again.
+
+        Raises
+        ------
+        ArgumentError
+            When a setting is out of its range, or there is no prompt.
+        TokenError
+            When a token is not in the vocabulary.
+        ContextError
+            When prompt and new tokens do not fit into the context.
+        """
+        array = token_array(
+            self.tokenizer.encode(prompt, parse_special=parse_special)
+            if isinstance(prompt, str)
+            else prompt,
+            self.vocab_size,
+        )
+        return self._stream(
+            array.tolist(),
+            max_new_tokens,
+            Sampling.choose(
+                do_sample=do_sample,
+                temperature=temperature,
+                seed=seed,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                repeat_last_n=repeat_last_n,
+            ),
+            stops=_stop_strings(stop),
+            ends=() if ignore_end else self.end_ids,
+            skip_special_tokens=skip_special_tokens,
+            session=session,
+            continues=isinstance(prompt, str),
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        max_new_tokens: int | None = None,
+        *,
+        streamer: Callable[[str], object] | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Answer the last of `messages`.
+
+        Parameters
+        ----------
+        messages
+            Mappings with ``role`` and ``content``. Control tokens spelled in a content stay text.
+        max_new_tokens
+            Most tokens to generate.
+        streamer
+            Called with each piece of text as it comes.
+        **settings
+            As for :meth:`chat_stream`.
+        """
+        stream = self.chat_stream(messages, max_new_tokens, **settings)
+        if streamer is not None:
+            for piece in stream:
+                streamer(piece)
+        return stream.result()
+
+    def chat_stream(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        max_new_tokens: int | None = None,
+        *,
+        template_variables: Mapping[str, object] | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        session: Session | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Answer the last of `messages` and give out the text while it comes.
+
+        Parameters
+        ----------
+        messages
+            Mappings with ``role`` and ``content``.
+        max_new_tokens
+            Most tokens to generate.
+        template_variables
+            What else the chat template reads, ``tools`` for example.
+        do_sample, temperature, seed, stop, skip_special_tokens, session
+            As for :meth:`stream`.
+        **sampling
+            ``top_k``, ``top_p``, ``min_p``, ``repeat_penalty``, ``repeat_last_n``.
+        """
+        variables: dict[str, Any] = dict(template_variables or {})
+        ids = self.tokenizer.chat(messages, **variables)
+        ends = set(self.end_ids)
+        if (end := self._turn_end) is not None:
+            ends.add(end)
+        return self._stream(
+            token_array(ids, self.vocab_size).tolist(),
+            max_new_tokens,
+            Sampling.choose(do_sample=do_sample, temperature=temperature, seed=seed, **sampling),
+            stops=_stop_strings(stop),
+            ends=tuple(sorted(ends)),
+            skip_special_tokens=skip_special_tokens,
+            session=session,
+            continues=False,
+        )
+
+    @cached_property
+    def _turn_end(self) -> int | None:
+        end = self.tokenizer.turn_end()
+        return end if end is not None and end < self.vocab_size else None
+
+    def _stream(
+        self,
+        ids: list[int],
+        max_new_tokens: int | None,
+        sampling: Sampling,
+        *,
+        stops: tuple[str, ...],
+        ends: tuple[int, ...],
+        skip_special_tokens: bool,
+        session: Session | None,
+        continues: bool,
+    ) -> Stream:
+        import numpy as np
+
+        if not ids:
+            message = "prompt: expected at least one token, found none"
+            raise ArgumentError(message)
+        if max_new_tokens is None:
+            # A prompt that fills the context is an error; so at least one token is asked for.
+            new = max(1, min(DEFAULT_NEW_TOKENS, self.context - len(ids)))
+        else:
+            new = count("max_new_tokens", max_new_tokens)
+        if session is None:
+            session = self.session()
+        rest = session.rewind(ids)
+        raw = session.raw.generate(
+            np.asarray(rest, dtype=np.uint32),
+            new,
+            list(ends),
+            temperature=float(sampling.temperature),
+            top_k=int(sampling.top_k),
+            top_p=float(sampling.top_p),
+            min_p=float(sampling.min_p),
+            repeat_penalty=float(sampling.repeat_penalty),
+            repeat_last_n=int(sampling.repeat_last_n),
+            seed=int(sampling.seed),
+        )
+        decoder = None
+        if self.has_tokenizer:
+            decoder = self.tokenizer.stream(
+                skip_special_tokens=skip_special_tokens, context=ids if continues else ()
+            )
+        elif stops:
+            message = f"stop: {self.path} has no tokenizer to compare texts with"
+            raise ArgumentError(message)
+        return Stream(
+            raw,
+            decoder,
+            stops=stops,
+            session=session,
+            prompt_tokens=len(ids),
+            hidden=frozenset(ends) if skip_special_tokens else frozenset(),
+            seed=sampling.seed,
+        )
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({str(self.path)!r}, {self.info.get('family')})"
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
+        message = "stop: expected texts of at least one character"
+        raise ArgumentError(message)
+    return tuple(stops)
+
+
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    *,
+    context: int | None = None,
+    kv: str | None = None,
+    mmap: bool = True,
+) -> LanguageModel:
+    """Load a model.
+
+    Parameters
+    ----------
+    path
+        A Hugging Face folder, compressed or not, or a GGUF file.
+    threads
+        Threads to use; by default ``NYBBLE_THREADS`` or the CPUs this process may use.
+    context
+        Most tokens of a text, if fewer than the model was made for.
+    kv
+        How keys and values are kept: ``"f16"`` or ``"f32"``.
+    mmap
+        Whether the weights are mapped (their memory is shared and given back) or read.
+
+    Raises
+    ------
+    NybbleError
+        Every failure is one of its subclasses, see :mod:`nybble.errors`.
+    """
+    from nybble import _nybble
+
+    place = Path(path).expanduser()
+    if threads is not None:
+        threads = count("threads", threads)
+    if context is not None:
+        context = count("context", context)
+    raw = _nybble.Model.open(str(place), threads, context, kv, mmap)
+    return LanguageModel(raw, place)
+
+
+from_pretrained = load
+
+
+class NybbleForCausalLM:
+    """The name transformers' users look for."""
+
+    @staticmethod
+    def from_pretrained(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
+        """Load a model; see :func:`load`."""
+        return load(path, **options)

@@ -1,0 +1,121 @@
+"""A conversation with a model: the tokens it has seen and its key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from nybble.errors import ArgumentError, TokenError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from nybble import _nybble
+
+__all__ = ["Session", "token_array"]
+
+
+def token_array(ids: object, vocab: int) -> npt.NDArray[np.uint32]:
+    """Return token ids as the extension takes them.
+
+    Parameters
+    ----------
+    ids
+        Integers: a sequence, or an array of one dimension (or of shape ``[1, n]``).
+    vocab
+        Size of the vocabulary.
+
+    Raises
+    ------
+    ArgumentError
+        When they are no integers, or an array of more dimensions.
+    TokenError
+        When one of them is not in the vocabulary.
+    """
+    import numpy as np
+
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        message = f"ids: expected integers, found {type(ids).__name__}"
+        raise ArgumentError(message)
+    given = ids if isinstance(ids, np.ndarray) else list(ids)
+    try:
+        array = np.asarray(given)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(0.5)
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, dtype=np.uint32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        message = (
+            f"ids: expected a sequence of integers, found {array.dtype} of shape {array.shape}"
+        )
+        raise ArgumentError(message)
+    wrong = (array < 0) | (array >= vocab)
+    if wrong.any():
+        position = int(wrong.argmax())
+        token = array[position]
+        message = f"token id {token} at position {position} is outside the vocabulary of {vocab}"
+        raise TokenError(message)
+    return np.ascontiguousarray(array, dtype=np.uint32)
+
+
+class Session:
+    """Tokens a model has computed: a longer text with the same beginning costs only its rest.
+
+    Made by :meth:`LanguageModel.session`. Not to be used by two threads at once.
+    """
+
+    def __init__(self, raw: _nybble.Session, vocab: int) -> None:
+        self.raw = raw
+        self.vocab = vocab
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in the cache."""
+        return self._tokens[: len(self.raw)]
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def truncate(self, n: int) -> None:
+        """Forget everything from token `n` on."""
+        if not 0 <= n <= len(self.raw):
+            message = f"n: expected a number from 0 to {len(self.raw)}, found {n}"
+            raise ArgumentError(message)
+        self.raw.truncate(n)
+        self._tokens = self._tokens[:n]
+
+    def forward(self, ids: Sequence[int], want: str = "last") -> npt.NDArray[np.float32]:
+        """Compute `ids` after the tokens in the cache.
+
+        Parameters
+        ----------
+        ids
+            The tokens.
+        want
+            Which rows of logits to return: ``"last"``, ``"all"`` or ``"none"``.
+        """
+        array = token_array(ids, self.vocab)
+        before = self.tokens
+        logits = self.raw.forward(array, want)
+        self._tokens = before + array.tolist()
+        return logits
+
+    def rewind(self, prompt: Sequence[int]) -> list[int]:
+        """Keep the beginning that `prompt` shares with the cache; return the rest of `prompt`.
+
+        At least one token is left over, because logits come from computing one.
+        """
+        known = self.tokens
+        most = min(len(known), len(prompt) - 1)
+        shared = next((i for i in range(most) if known[i] != prompt[i]), max(most, 0))
+        self.raw.truncate(shared)
+        self._tokens = list(prompt)
+        return list(prompt[shared:])
+
+    def append(self, token: int) -> None:
+        """Note a token that was generated; it enters the cache when the next one is."""
+        self._tokens.append(token)

@@ -1,0 +1,88 @@
+//! A linear as it runs: one or more packed matrices that read the same input, and a bias.
+//!
+//! Queries, keys and values (and gate and up) are one [`Linear`] of several parts, so their input is rounded to 8 bits once
+//! and their outputs stand side by side in one row.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::kernels::quantize::{Activations, Granularity};
+use crate::kernels::{Columns, Kernels, float_matmul, int_matmul};
+use crate::pack::{Layout, Packed};
+use crate::threads::Pool;
+
+/// What runs a model: its threads and kernels.
+#[derive(Clone, Copy)]
+pub(super) struct Run<'a> {
+    pub(super) pool: &'a Pool,
+    pub(super) kernels: &'a Kernels,
+}
+
+/// One matrix of a linear.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub(super) weight: Arc<Packed>,
+    /// How inputs are rounded to 8 bits; none multiplies them in float.
+    pub(super) rounding: Option<Granularity>,
+}
+
+/// `y = W x + b`.
+#[derive(Debug)]
+pub(super) struct Linear {
+    parts: Vec<Part>,
+    bias: Option<Vec<f32>>, // [rows]
+    rows: usize,
+}
+
+impl Linear {
+    pub(super) fn new(parts: Vec<Part>, bias: Option<Vec<f32>>) -> Self {
+        let rows = parts.iter().map(|part| part.weight.rows()).sum();
+        debug_assert!(bias.as_ref().is_none_or(|bias| bias.len() == rows));
+        Self { parts, bias, rows }
+    }
+
+    /// Outputs.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The packed matrices.
+    pub(super) fn weights(&self) -> impl Iterator<Item = &Arc<Packed>> {
+        self.parts.iter().map(|part| &part.weight)
+    }
+
+    /// Computes `y [n, rows]` from `x [n, cols]`; `rounded` is scratch.
+    pub(super) fn forward(
+        &self,
+        run: Run<'_>,
+        x: &[f32],
+        n: usize,
+        rounded: &mut Activations,
+        y: &mut [f32],
+    ) -> Result<()> {
+        let mut have = None; // the group and granularity that `rounded` holds x in
+        let mut offset = 0;
+        for Part { weight, rounding } in &self.parts {
+            let columns = Columns::new(y, n, self.rows, offset, weight.rows());
+            if let Some(per) = *rounding {
+                if have != Some((weight.group(), per)) {
+                    rounded.quantize(run.pool, run.kernels.quantize, x, n, weight.cols(), weight.group(), per)?;
+                    have = Some((weight.group(), per));
+                }
+                let kernel = if weight.layout() == Layout::W4 { run.kernels.w4a8 } else { run.kernels.w8a8 };
+                int_matmul(run.pool, kernel, weight, rounded, columns)?;
+            } else {
+                float_matmul(run.pool, run.kernels.f32, weight, x, columns)?;
+            }
+            offset += weight.rows();
+        }
+        if let Some(bias) = &self.bias {
+            run.pool.split_rows(y, self.rows, &|_, rows| {
+                for row in rows.chunks_exact_mut(self.rows) {
+                    run.kernels.elementwise.add_assign(row, bias);
+                }
+            });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! Models: from a folder or a GGUF file to logits.
+//!
+//! Opening goes through four stages, each with one job. [`checkpoint`] presents a Hugging Face folder or a GGUF file as named
+//! tensors and a configuration. [`arch`] turns the configuration into a [`Spec`]. [`validate`] holds the specification
+//! against the tensors, finding every contradiction before anything is allocated from a number in a file. The loader packs
+//! the weights. A [`Model`] is then immutable and may be shared by threads; a [`Session`] is one text in it, with its keys
+//! and values.
+//!
+//! The forward pass is one function for all families, in `decoder.rs`.
+
+#![forbid(unsafe_code)]
+
+pub mod arch;
+pub mod checkpoint;
+pub mod info;
+pub mod quantization;
+pub mod rope;
+pub mod spec;
+pub mod validate;
+
+mod blocks;
+mod config;
+mod decoder;
+mod linear;
+mod load;
+mod session;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::format::Access;
+use crate::kernels::Kernels;
+use crate::kernels::attention::KvType;
+use crate::threads::Pool;
+
+pub use checkpoint::Checkpoint;
+pub use info::Info;
+pub use session::{Logits, Session};
+pub use spec::Spec;
+
+/// How to open a model.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LoadOptions {
+    /// Threads; none means `NYBBLE_THREADS` or the CPUs there are.
+    pub threads: Option<usize>,
+    /// Map the files or read them.
+    pub access: Access,
+    /// Type of cached keys and values; none means f32 for float weights and f16 for quantized ones.
+    pub kv: Option<KvType>,
+    /// Most tokens of a session, not above the model's own context.
+    pub context: Option<usize>,
+}
+
+/// An open model.
+#[derive(Debug)]
+pub struct Model {
+    /// Tells models apart, so that a session is never used with another one.
+    id: u64,
+    path: PathBuf,
+    spec: Spec,
+    config: Value,
+    context: usize,
+    kv: KvType,
+    pool: Pool,
+    kernels: Kernels,
+    weights: load::Weights,
+}
+
+impl Model {
+    /// Opens a Hugging Face folder, plain or quantized, or a GGUF file.
+    pub fn open(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
+        crate::cpu::check_environment()?;
+        let path = path.as_ref();
+        let threads = options.threads.map_or_else(Pool::default_threads, Ok)?;
+        let pool = Pool::new(threads)?;
+        let checkpoint = Checkpoint::open(path, options.access)?;
+        let spec = checkpoint.spec()?;
+        let context = match options.context {
+            None => spec.context,
+            Some(context) if (1..=spec.context).contains(&context) => context,
+            Some(context) => {
+                return Err(Error::argument("context", format!("1 to {}", spec.context), context));
+            }
+        };
+        validate::validate(&spec, &checkpoint)?;
+        let weights = load::Weights::load(&spec, &checkpoint, &pool)?;
+        let kv = options.kv.unwrap_or(if weights.quantized() { KvType::F16 } else { KvType::F32 });
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Ok(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            path: path.to_path_buf(),
+            spec,
+            config: checkpoint.config().clone(),
+            context,
+            kv,
+            pool,
+            kernels: Kernels::best(),
+            weights,
+        })
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it is.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Its configuration; for a GGUF file the one rebuilt from its metadata.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Most tokens a session holds.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// The kernels that run it.
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    /// The threads that run it.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// A new, empty session.
+    pub fn session(&self) -> Session {
+        Session::new(self)
+    }
+
+    /// Sizes, kernels and memory.
+    pub fn info(&self) -> Info {
+        info::info(self)
+    }
+}

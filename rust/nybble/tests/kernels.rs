@@ -1,0 +1,525 @@
+//! Every integer kernel of every tier against `scalar`, bit for bit, and `scalar` against the formula.
+//!
+//! One test function an operation and tier, so that a tier can be run alone (in an emulator, for example) by its name. A
+//! tier this CPU lacks prints that it was skipped.
+
+use nybble::cpu::Isa;
+use nybble::error::Error;
+use nybble::kernels::quantize::{self, Activations, Granularity, Quantize};
+use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a8, w8a8};
+use nybble::pack::{IntSource, Layout, Packed};
+use nybble::threads::Pool;
+use proptest::prelude::*;
+
+/// Numbers of activation rows; the last is the largest.
+const ROWS: [usize; 8] = [0, 1, 2, 3, 5, 8, 9, 17];
+const OUTPUTS: [usize; 7] = [0, 1, 15, 16, 17, 33, 64];
+/// Columns and group; equal means one scale a row.
+const SHAPES: [(usize, usize); 15] = [
+    (1, 1),
+    (31, 31),
+    (31, 32),
+    (32, 32),
+    (33, 32),
+    (64, 32),
+    (64, 64),
+    (64, 128),
+    (96, 32),
+    (96, 64),
+    (100, 100),
+    (576, 32),
+    (576, 64),
+    (576, 128),
+    (576, 576),
+];
+
+/// What weights, scales and activations look like.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Random,
+    AllMin,
+    AllMax,
+    /// The extremes that make every product positive and as large as possible.
+    Alternating,
+    Zeros,
+    /// NaN and infinities among the activations, zeros among the scales.
+    NotFinite,
+    /// Scales far outside f16's range.
+    OddScales,
+}
+
+const KINDS: [Kind; 7] = [
+    Kind::Random,
+    Kind::AllMin,
+    Kind::AllMax,
+    Kind::Alternating,
+    Kind::Zeros,
+    Kind::NotFinite,
+    Kind::OddScales,
+];
+
+/// Deterministic numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// From -1 to 1.
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// A positive number f16 holds exactly.
+    fn scale(&mut self) -> f32 {
+        (1 + self.next() % 1023) as f32 / 4096.0
+    }
+}
+
+/// Integer weights before packing, one byte a code.
+struct Weights {
+    bits: u32,
+    rows: usize,
+    cols: usize,
+    group: usize,
+    groups: usize,
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+    zeros: Option<Vec<u8>>,
+}
+
+impl Weights {
+    fn new(bits: u32, rows: usize, (cols, group): (usize, usize), asymmetric: bool, kind: Kind) -> Self {
+        let mut random = Random((rows * 1000 + cols) as u64 ^ u64::from(bits));
+        let top = if bits == 4 { 15 } else { 255 };
+        let groups = cols.div_ceil(group);
+        let code = |i: usize, random: &mut Random| match kind {
+            Kind::AllMin => 0,
+            Kind::AllMax => top,
+            Kind::Alternating => [top, 0][i % cols % 2],
+            _ => random.next() as u8 & top,
+        };
+        let scale = |i: usize, random: &mut Random| match kind {
+            Kind::NotFinite if i % 3 == 0 => 0.0,
+            Kind::OddScales => [1e-39, 1e-45, f32::MIN_POSITIVE, 0.0, 3e-38][i % 5],
+            _ => random.scale(),
+        };
+        Self {
+            bits,
+            rows,
+            cols,
+            group,
+            groups,
+            codes: (0..rows * cols).map(|i| code(i, &mut random)).collect(),
+            scales: (0..rows * groups).map(|i| scale(i, &mut random)).collect(),
+            zeros: asymmetric.then(|| (0..rows * groups).map(|_| random.next() as u8 & top).collect()),
+        }
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.cols.div_ceil(if self.bits == 4 { 8 } else { 4 }) * 4
+    }
+
+    /// The codes as a file has them; the bytes after a row's last code are garbage.
+    fn file_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0xa5; self.rows * self.row_bytes()];
+        for (row, bytes) in self.codes.chunks_exact(self.cols).zip(bytes.chunks_exact_mut(self.row_bytes())) {
+            for (i, &code) in row.iter().enumerate() {
+                match (self.bits, i % 2) {
+                    (8, _) => bytes[i] = code,
+                    (_, 0) => bytes[i / 2] = bytes[i / 2] & 0xf0 | code,
+                    (_, _) => bytes[i / 2] = bytes[i / 2] & 0x0f | code << 4,
+                }
+            }
+        }
+        bytes
+    }
+
+    fn source<'a>(&'a self, codes: &'a [u8]) -> IntSource<'a> {
+        IntSource {
+            name: "test.weight",
+            rows: self.rows,
+            cols: self.cols,
+            bits: self.bits,
+            group: self.group,
+            codes,
+            row_bytes: self.row_bytes(),
+            scales: &self.scales,
+            zeros: self.zeros.as_deref(),
+            row_map: None,
+        }
+    }
+
+    fn pack(&self, pool: &Pool) -> Packed {
+        let bytes = self.file_bytes();
+        Packed::from_int(&self.source(&bytes), pool).expect("good weights")
+    }
+
+    fn zero(&self, row: usize, g: usize) -> u8 {
+        let default = if self.bits == 4 { 8 } else { 128 };
+        self.zeros.as_ref().map_or(default, |zeros| zeros[row * self.groups + g])
+    }
+
+    /// The formula, from the unpacked codes.
+    fn formula(&self, x: &Activations) -> Vec<f32> {
+        let mut y = Vec::new();
+        for m in 0..x.rows() {
+            for row in 0..self.rows {
+                let codes = &self.codes[row * self.cols..][..self.cols];
+                let groups = codes.chunks(self.group).zip(x.codes(m).chunks(self.group)).enumerate();
+                y.push(groups.fold(0f32, |y, (g, (w, a))| {
+                    let zero = i64::from(self.zero(row, g));
+                    let sum: i64 = w.iter().zip(a).map(|(&w, &a)| (i64::from(w) - zero) * i64::from(a)).sum();
+                    f32::mul_add(sum as f32, self.scales[row * self.groups + g] * x.scales(m)[g], y)
+                }));
+            }
+        }
+        y
+    }
+}
+
+/// `rows` rows of activations; the first ones are the same for every `rows`.
+fn activations(rows: usize, cols: usize, kind: Kind) -> Vec<f32> {
+    let mut random = Random(cols as u64);
+    let value = |i: usize, random: &mut Random| match kind {
+        Kind::AllMin => -1.5,
+        Kind::AllMax => 1.5,
+        Kind::Alternating => [2.0, -2.0][i % cols % 2],
+        Kind::Zeros => 0.0,
+        Kind::NotFinite if i / cols % 4 != 3 && i % cols == cols / 2 => {
+            [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][i / cols % 4]
+        }
+        _ => random.unit() * 3.0,
+    };
+    (0..rows * cols).map(|i| value(i, &mut random)).collect()
+}
+
+fn quantized(w: &Weights, rows: usize, kind: Kind, per: Granularity) -> Activations {
+    let pool = Pool::new(1).expect("a pool");
+    let mut x = Activations::new();
+    x.quantize(&pool, scalar_quantize(), &activations(rows, w.cols, kind), rows, w.cols, w.group, per)
+        .expect("good activations");
+    x
+}
+
+fn scalar_quantize() -> &'static dyn Quantize {
+    quantize::kernels()[0]
+}
+
+/// Bits with all NaNs made equal: which NaN an operation gives is not defined.
+fn bits(y: &[f32]) -> Vec<u32> {
+    y.iter().map(|v| if v.is_nan() { f32::NAN } else { *v }.to_bits()).collect()
+}
+
+/// Runs the matmul into the middle of a wider matrix, and checks that nothing around it was written.
+fn multiply(pool: &Pool, kernel: &dyn IntMatmul, w: &Packed, x: &Activations) -> Vec<f32> {
+    let (stride, offset) = (w.rows() + 5, 2);
+    let mut y = vec![-77.0; x.rows() * stride];
+    int_matmul(pool, kernel, w, x, Columns::new(&mut y, x.rows(), stride, offset, w.rows()))
+        .expect("matching shapes");
+    let mut inside = Vec::new();
+    for row in y.chunks_exact(stride) {
+        let (before, rest) = row.split_at(offset);
+        let (row, after) = rest.split_at(w.rows());
+        assert!(before.iter().chain(after).all(|v| *v == -77.0), "wrote outside its columns");
+        inside.extend_from_slice(row);
+    }
+    inside
+}
+
+/// The kernel of a tier, or a note that there is none.
+fn tier<T: ?Sized>(list: Vec<&'static T>, isa_of: impl Fn(&T) -> Isa, isa: Isa) -> Option<&'static T> {
+    let kernel = list.into_iter().find(|k| isa_of(k) == isa);
+    if kernel.is_none() {
+        eprintln!("skipped: this CPU has no {}", isa.name());
+    }
+    kernel
+}
+
+/// All sizes and inputs; any number of rows together gives the rows that `scalar` computes one by one.
+fn check_matmul(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: u32, isa: Isa) {
+    let Some(kernel) = tier(kernels(), IntMatmul::isa, isa) else { return };
+    let scalar = kernels()[0];
+    assert_eq!(scalar.isa(), Isa::Scalar);
+    let pool = Pool::new(1).expect("a pool");
+    for outputs in OUTPUTS {
+        for shape in SHAPES {
+            for kind in KINDS {
+                for asymmetric in [false, true] {
+                    let w = Weights::new(bits_per_weight, outputs, shape, asymmetric, kind);
+                    let packed = w.pack(&pool);
+                    let all = ROWS[ROWS.len() - 1];
+                    let per = if outputs % 2 == 0 { Granularity::Token } else { Granularity::Group };
+                    let x = quantized(&w, all, kind, per);
+                    let expected = multiply(&pool, scalar, &packed, &x);
+                    if isa == Isa::Scalar && kind != Kind::OddScales {
+                        assert_eq!(bits(&expected), bits(&w.formula(&x)), "{outputs} {shape:?} {kind:?}");
+                    }
+                    for rows in ROWS {
+                        let y = multiply(&pool, kernel, &packed, &quantized(&w, rows, kind, per));
+                        assert_eq!(
+                            bits(&y),
+                            bits(&expected[..rows * outputs]),
+                            "{rows} rows, {outputs} outputs, {shape:?}, {kind:?}, asymmetric: {asymmetric}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The same bits with one, two and three threads.
+fn check_threads(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: u32, isa: Isa) {
+    let Some(kernel) = tier(kernels(), IntMatmul::isa, isa) else { return };
+    for outputs in [1, 33, 100] {
+        let w = Weights::new(bits_per_weight, outputs, (96, 32), true, Kind::Random);
+        let x = quantized(&w, 5, Kind::Random, Granularity::Group);
+        let y = [1, 2, 3].map(|threads| {
+            let pool = Pool::new(threads).expect("a pool");
+            bits(&multiply(&pool, kernel, &w.pack(&pool), &x))
+        });
+        assert!(y[0] == y[1] && y[0] == y[2], "{outputs} outputs");
+    }
+}
+
+/// Codes, scales and sums are those of `scalar`, for every shape and input, on any number of threads.
+fn check_quantize(isa: Isa) {
+    let Some(kernel) = tier(quantize::kernels(), Quantize::isa, isa) else { return };
+    let pools = [1, 2, 3].map(|threads| Pool::new(threads).expect("a pool"));
+    let (mut x, mut expected) = (Activations::new(), Activations::new());
+    for per in [Granularity::Token, Granularity::Group] {
+        for (cols, group) in SHAPES.into_iter().chain([(16_384, 128)]) {
+            for (rows, pool) in [(3, &pools[0]), (0, &pools[1]), (1, &pools[1]), (2, &pools[1]), (17, &pools[2])] {
+                let inputs = KINDS.map(|kind| activations(rows, cols, kind));
+                let mut random = Random(7);
+                let halves = (0..rows * cols).map(|i| if i % 32 == 0 { 127.0 } else { (i % 255) as f32 / 2.0 - 63.0 });
+                let tiny = (0..rows * cols).map(|i| random.unit() * [1e-38, 1e-36, 2e-36, 1e-45][i / 32 % 4]);
+                let huge = (0..rows * cols).map(|i| [f32::MAX, -f32::MAX, 1.0, 1e38][i % 4]);
+                let more: [Vec<f32>; 3] = [halves.collect(), tiny.collect(), huge.collect()];
+                for input in inputs.iter().chain(&more) {
+                    x.quantize(pool, kernel, input, rows, cols, group, per).expect("good input");
+                    expected.quantize(&pools[0], scalar_quantize(), input, rows, cols, group, per).expect("good input");
+                    assert_eq!((x.rows(), x.cols(), x.group()), (rows, cols, expected.group()));
+                    for r in 0..rows {
+                        assert_eq!(x.codes(r), expected.codes(r), "row {r} of {rows} x {cols}");
+                        assert_eq!(bits(x.scales(r)), bits(expected.scales(r)), "row {r} of {rows} x {cols}");
+                        assert_eq!(x.sums(r), expected.sums(r), "row {r} of {rows} x {cols}");
+                        assert!(x.codes(r)[cols..].iter().all(|&c| c == 0), "padding");
+                    }
+                }
+            }
+        }
+    }
+}
+
+macro_rules! tiers {
+    ($($isa:ident: $($name:ident)*;)*) => { $(tiers!(@ $isa $($name)*);)* };
+    (@ $isa:ident $w4a8:ident $w4a8_threads:ident $w8a8:ident $w8a8_threads:ident $($quantize:ident)?) => {
+        #[test]
+        fn $w4a8() {
+            check_matmul(w4a8::kernels, 4, Isa::$isa);
+        }
+
+        #[test]
+        fn $w4a8_threads() {
+            check_threads(w4a8::kernels, 4, Isa::$isa);
+        }
+
+        #[test]
+        fn $w8a8() {
+            check_matmul(w8a8::kernels, 8, Isa::$isa);
+        }
+
+        #[test]
+        fn $w8a8_threads() {
+            check_threads(w8a8::kernels, 8, Isa::$isa);
+        }
+
+        $(#[test]
+        fn $quantize() {
+            check_quantize(Isa::$isa);
+        })?
+    };
+}
+
+tiers! {
+    Scalar: w4a8_scalar w4a8_scalar_threads w8a8_scalar w8a8_scalar_threads quantize_scalar;
+    Avx2: w4a8_avx2 w4a8_avx2_threads w8a8_avx2 w8a8_avx2_threads quantize_avx2;
+    Avx512Vnni: w4a8_avx512vnni w4a8_avx512vnni_threads w8a8_avx512vnni w8a8_avx512vnni_threads quantize_avx512vnni;
+    Neon: w4a8_neon w4a8_neon_threads w8a8_neon w8a8_neon_threads;
+    NeonDotprod: w4a8_neon_dotprod w4a8_neon_dotprod_threads w8a8_neon_dotprod w8a8_neon_dotprod_threads;
+}
+
+#[test]
+fn quantize_scalar_follows_its_definition() {
+    let pool = Pool::new(1).expect("a pool");
+    for per in [Granularity::Token, Granularity::Group] {
+        for (cols, group) in SHAPES {
+            let input = activations(3, cols, Kind::Random);
+            let mut x = Activations::new();
+            x.quantize(&pool, scalar_quantize(), &input, 3, cols, group, per).expect("good input");
+            for r in 0..3 {
+                let row = &input[r * cols..][..cols];
+                for (g, part) in row.chunks(group).enumerate() {
+                    let over = if per == Granularity::Token { row } else { part };
+                    let scale = over.iter().fold(0f32, |a, b| a.max(b.abs())) / 127.0;
+                    let codes: Vec<i8> = part.iter().map(|v| (v * (1.0 / scale)).round_ties_even() as i8).collect();
+                    assert_eq!(x.scales(r)[g].to_bits(), scale.to_bits());
+                    assert_eq!(&x.codes(r)[g * group..][..part.len()], codes);
+                    assert_eq!(x.sums(r)[g], codes.iter().map(|&c| i32::from(c)).sum::<i32>());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantize_marks_what_has_no_scale() {
+    let pool = Pool::new(1).expect("a pool");
+    let mut x = Activations::new();
+    let mut input = vec![1.0; 96];
+    input[3] = f32::NAN;
+    input[32..64].fill(1e-40);
+    x.quantize(&pool, scalar_quantize(), &input, 1, 96, 32, Granularity::Group).expect("good shape");
+    assert!(x.scales(0)[0].is_nan() && x.scales(0)[1] == 0.0 && x.scales(0)[2] == 1.0 / 127.0);
+    assert_eq!(x.sums(0), [0, 0, 127 * 32]);
+    for (rows, cols, group) in [(1, 95, 32), (2, 96, 32), (1, 96, 0), (1, 96, 33), (1, 0, 32), (usize::MAX, 96, 32)] {
+        assert!(x.quantize(&pool, scalar_quantize(), &input, rows, cols, group, Granularity::Group).is_err());
+    }
+}
+
+#[test]
+fn a_wrong_layout_or_shape_is_an_error() {
+    let pool = Pool::new(1).expect("a pool");
+    let w = Weights::new(8, 20, (64, 32), false, Kind::Random);
+    let packed = w.pack(&pool);
+    let x = quantized(&w, 2, Kind::Random, Granularity::Group);
+    let mut y = vec![0.0; 40];
+    for kernel in w4a8::kernels() {
+        let columns = Columns::new(&mut y, 2, 20, 0, 20);
+        let error = int_matmul(&pool, kernel, &packed, &x, columns).expect_err("another layout");
+        assert!(matches!(error, Error::Layout { expected: "w4", found: "w8" }), "{error}");
+    }
+    assert!(packed.expect_layout(Layout::W8).is_ok());
+    let kernel = w8a8::kernels()[0];
+    let narrow = Columns::new(&mut y, 2, 20, 0, 19);
+    assert!(int_matmul(&pool, kernel, &packed, &x, narrow).is_err());
+    let short = Columns::new(&mut y, 1, 20, 0, 20);
+    assert!(int_matmul(&pool, kernel, &packed, &x, short).is_err());
+    for other in [(64, 64), (96, 32)] {
+        let other = Weights::new(8, 20, other, false, Kind::Random);
+        let x = quantized(&other, 2, Kind::Random, Granularity::Group);
+        let columns = Columns::new(&mut y, 2, 20, 0, 20);
+        assert!(int_matmul(&pool, kernel, &packed, &x, columns).is_err());
+    }
+}
+
+#[test]
+fn bad_sources_are_errors_that_name_the_tensor() {
+    let pool = Pool::new(2).expect("a pool");
+    let good = Weights::new(4, 3, (100, 32), true, Kind::Random);
+    let bytes = good.file_bytes();
+    let zeros = good.zeros.clone().expect("asymmetric");
+    let with_scale = |value: f32| {
+        let mut scales = good.scales.clone();
+        scales[5] = value;
+        scales
+    };
+    let scales = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0].map(with_scale);
+    let large_zero: Vec<u8> = zeros.iter().enumerate().map(|(i, &z)| if i == 7 { 16 } else { z }).collect();
+    let source = good.source(&bytes);
+    let mut bad = vec![
+        (IntSource { bits: 3, ..source }, "4 or 8 bits"),
+        (IntSource { bits: 8, ..source }, "at least 100 bytes a row"),
+        (IntSource { group: 0, ..source }, "multiple of 32"),
+        (IntSource { group: 48, ..source }, "multiple of 32"),
+        (IntSource { group: 64, ..source }, "scales"),
+        (IntSource { cols: 0, ..source }, "at least one column"),
+        (IntSource { cols: usize::MAX, ..source }, "fewer columns"),
+        (IntSource { cols: 1 << 40, group: 1 << 40, ..source }, "65536"),
+        (IntSource { cols: 101, row_bytes: 50, ..source }, "at least 51 bytes"),
+        (IntSource { rows: 4, ..source }, "4 rows x 4 scales"),
+        (IntSource { rows: usize::MAX, ..source }, "scales"),
+        (IntSource { codes: &bytes[..bytes.len() - 3], ..source }, "3 rows of 52 bytes"),
+        (IntSource { row_bytes: usize::MAX / 2 + 1, ..source }, "3 rows of"),
+        (IntSource { zeros: Some(&zeros[1..]), ..source }, "12 zero points"),
+        (IntSource { zeros: Some(&large_zero), ..source }, "16 for row 1, group 3"),
+        (IntSource { row_map: Some(&[0, 1, 3]), ..source }, "row 3"),
+        (IntSource { row_map: Some(&[0, 1]), ..source }, "map of 3 rows"),
+    ];
+    bad.extend(scales.iter().map(|scales| (IntSource { scales, ..source }, "row 1, group 1")));
+    for (source, part) in &bad {
+        let message = Packed::from_int(source, &pool).expect_err(part).to_string();
+        assert!(message.starts_with("test.weight: ") && message.contains(part), "{message}");
+    }
+    assert!(Packed::from_int(&source, &pool).is_ok());
+    let negative_zero = with_scale(-0.0);
+    assert!(Packed::from_int(&IntSource { scales: &negative_zero, ..source }, &pool).is_ok());
+}
+
+#[test]
+fn scales_outside_f16_are_kept_by_a_power_of_two() {
+    let pool = Pool::new(1).expect("a pool");
+    for factor in [1e-40, 1e-30, 1e-6, 1.0, 1e6, 1e35] {
+        let mut w = Weights::new(4, 17, (64, 32), false, Kind::Random);
+        for (i, scale) in w.scales.iter_mut().enumerate() {
+            *scale = (1.0 + i as f32 * 0.01) * factor;
+        }
+        let packed = w.pack(&pool);
+        let mut row = [0.0; 64];
+        for r in 0..17 {
+            packed.row(r, &mut row).expect("a row");
+            for (i, value) in row.iter().enumerate() {
+                let exact = (f32::from(w.codes[r * 64 + i]) - 8.0) * w.scales[r * 2 + i / 32];
+                let bound = exact.abs() / 2048.0 + 1e-44;
+                assert!((value - exact).abs() <= bound, "{factor}: {value} for {exact}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+    /// Unpacking is the inverse of packing, whatever the shape, and for any choice of rows.
+    #[test]
+    fn unpacking_inverts_packing(
+        rows in 0usize..40,
+        cols in 1usize..700,
+        group in 0usize..6,
+        bits in prop::sample::select(vec![4u32, 8]),
+        asymmetric: bool,
+        threads in 1usize..4,
+        picks in prop::option::of(prop::collection::vec(any::<prop::sample::Index>(), 0..50)),
+    ) {
+        let pool = Pool::new(threads).expect("a pool");
+        let group = if group == 5 { cols } else { [32, 64, 96, 128, 256][group].min(cols.next_multiple_of(32)) };
+        let w = Weights::new(bits, rows, (cols, group), asymmetric, Kind::Random);
+        let bytes = w.file_bytes();
+        let map: Option<Vec<u32>> = picks
+            .filter(|_| rows > 0)
+            .map(|picks| picks.iter().map(|pick| pick.index(rows) as u32).collect());
+        let source = IntSource { row_map: map.as_deref(), rows: map.as_ref().map_or(rows, Vec::len), ..w.source(&bytes) };
+        let packed = Packed::from_int(&source, &pool).expect("good weights");
+        prop_assert_eq!((packed.rows(), packed.cols()), (source.rows, cols));
+        let mut row = vec![0.0; cols];
+        for r in 0..packed.rows() {
+            packed.row(r, &mut row).expect("a row");
+            let from = map.as_ref().map_or(r, |map| map[r] as usize);
+            for (i, value) in row.iter().enumerate() {
+                let g = i / group;
+                let steps = i32::from(w.codes[from * cols + i]) - i32::from(w.zero(from, g));
+                prop_assert_eq!(*value, steps as f32 * w.scales[from * w.groups + g]);
+            }
+        }
+        prop_assert!(packed.row(packed.rows(), &mut row).is_err());
+        if packed.rows() > 0 {
+            prop_assert!(packed.row(0, &mut row[1..]).is_err());
+        }
+    }
+}
