@@ -1,1 +1,42 @@
-//! placeholder
+//! The extension module `nybble._nybble`: the core crate's types and errors as Python sees them, and nothing else.
+//!
+//! One file a concept; `error.rs` is the only place that knows Python's exception classes and the only way into the core
+//! (it releases the GIL, watches for Ctrl-C and stops panics). `python/nybble/_nybble.pyi` is the interface in Python's
+//! words, compared with this module by mypy's stubtest.
+
+#![forbid(unsafe_code)]
+
+mod array;
+mod checkpoint;
+mod doctor;
+mod error;
+mod generator;
+mod metadata;
+mod model;
+mod rtn;
+mod session;
+mod staged;
+mod writer;
+
+use pyo3::prelude::*;
+
+/// nybble's Rust core.
+#[pymodule(gil_used = false)]
+mod _nybble {
+    #[pymodule_export]
+    use super::checkpoint::Checkpoint;
+    #[pymodule_export]
+    use super::doctor::{doctor, read_bandwidth, version};
+    #[pymodule_export]
+    use super::generator::Generator;
+    #[pymodule_export]
+    use super::model::Model;
+    #[pymodule_export]
+    use super::rtn::rtn;
+    #[pymodule_export]
+    use super::session::Session;
+    #[pymodule_export]
+    use super::staged::StagedFolder;
+    #[pymodule_export]
+    use super::writer::SafeTensorsWriter;
+}

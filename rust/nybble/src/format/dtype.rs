@@ -157,14 +157,12 @@ impl Dtype {
     /// Bytes of a tensor whose last dimension is the contiguous one; none as for [`Dtype::row_bytes`]. A scalar (no
     /// dimensions) has one element.
     pub fn tensor_bytes(self, shape: &[usize]) -> Option<usize> {
-        let (cols, rows) = match shape.split_last() {
-            None => (1, &[][..]),
-            Some((&cols, rows)) => (cols, rows),
-        };
-        let rows = rows.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim))?;
-        // The element count must fit too, or it could not be counted in memory.
-        rows.checked_mul(cols)?;
-        self.row_bytes(cols)?.checked_mul(rows)
+        // Counted as if no dimension were zero, so that the product of any of them fits, in any order.
+        let bounded = shape.iter().try_fold(self.block_bytes(), |product, &dim| product.checked_mul(dim.max(1)))?;
+        let cols = shape.last().copied().unwrap_or(1);
+        let rows: usize = shape.split_last().map_or(1, |(_, rows)| rows.iter().product());
+        let bytes = self.row_bytes(cols)?.checked_mul(rows)?;
+        isize::try_from(bounded / self.block()).is_ok().then_some(bytes)
     }
 
     /// The type a safetensors header calls `name`, if it is read here.

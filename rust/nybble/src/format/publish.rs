@@ -36,6 +36,8 @@ pub struct StagedFolder {
     /// Held while the folder is in use; none where folders cannot be locked.
     lock: Option<File>,
     committed: bool,
+    /// The process that made it: a forked child's copy must not remove it.
+    process: u32,
 }
 
 impl StagedFolder {
@@ -44,26 +46,27 @@ impl StagedFolder {
     /// If something has the final name already, that is an error unless `overwrite` is set; and even then only a folder that
     /// is empty or has a `config.json` is replaced, so a slip of the pen cannot delete a folder of another kind.
     pub fn new(final_path: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
-        let final_path = final_path.as_ref().to_path_buf();
-        let Some(name) = final_path.file_name().map(OsStr::to_os_string) else {
-            let found = final_path.display();
-            return Err(Error::argument("output folder", "a path that ends with a name", found));
+        let given = final_path.as_ref();
+        let Some(name) = given.file_name() else {
+            return Err(Error::argument("output folder", "a path that ends with a name", given.display()));
         };
-        let parent = parent(&final_path);
+        let parent = parent(given);
+        let final_path = parent.join(name); // without a trailing slash or dot
         if !fs::metadata(&parent).map_err(Error::io(&parent))?.is_dir() {
             return Err(Error::io(&parent)(io::ErrorKind::NotADirectory.into()));
         }
-        clean(&parent, &name, &final_path);
+        clean(&parent, name, &final_path);
         check_replaceable(&final_path, overwrite)?;
         loop {
-            let staged = sibling(&parent, &name, "tmp");
+            let staged = sibling(&parent, name, "tmp");
             match fs::create_dir(&staged) {
                 // A process with this number made it before and died; it was in use by name only.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(Error::io(&staged)(error)),
                 Ok(()) => {
                     let lock = File::open(&staged).ok().filter(|folder| folder.try_lock().is_ok());
-                    return Ok(Self { final_path, staged, overwrite, lock, committed: false });
+                    let process = std::process::id();
+                    return Ok(Self { final_path, staged, overwrite, lock, committed: false, process });
                 }
             }
         }
@@ -122,7 +125,7 @@ impl StagedFolder {
 
 impl Drop for StagedFolder {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.committed && self.process == std::process::id() {
             // Nothing can be done about a failure here; the next `new` tries again.
             let _ = remove(&self.staged);
         }

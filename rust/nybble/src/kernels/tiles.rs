@@ -113,10 +113,8 @@ pub(crate) unsafe fn walk<const MAX: usize>(
 /// A kernel type holding its capability token, its `kernel()` and its [`super::IntMatmul`].
 macro_rules! int_matmul_kernel {
     ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident) => {
-        struct Kernel(
-            #[expect(dead_code, reason = "held as the proof that the instructions may be used")]
-            crate::cpu::$token,
-        );
+        /// Holds the proof that the instructions may be used.
+        struct Kernel(#[allow(dead_code)] crate::cpu::$token);
 
         /// The kernel, if the CPU has the tier.
         pub(super) fn kernel() -> Option<&'static dyn crate::kernels::IntMatmul> {

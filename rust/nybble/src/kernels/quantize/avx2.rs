@@ -7,7 +7,8 @@ use super::{Granularity, Quantize, Row, convert};
 use crate::cpu::{Avx2, Isa};
 use crate::pack::TILE_K;
 
-struct Kernel(#[expect(dead_code, reason = "held as the proof that AVX2 may be used")] Avx2);
+/// Holds the proof that the instructions may be used.
+struct Kernel(#[allow(dead_code)] Avx2);
 
 /// The kernel, if the CPU has the tier.
 pub(super) fn kernel() -> Option<&'static dyn Quantize> {

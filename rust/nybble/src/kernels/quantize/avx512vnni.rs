@@ -7,7 +7,8 @@ use super::{Granularity, Quantize, Row, convert};
 use crate::cpu::{Avx512Vnni, Isa};
 use crate::pack::TILE_K;
 
-struct Kernel(#[expect(dead_code, reason = "held as the proof that AVX-512 may be used")] Avx512Vnni);
+/// Holds the proof that the instructions may be used.
+struct Kernel(#[allow(dead_code)] Avx512Vnni);
 
 /// The kernel, if the CPU has the tier.
 pub(super) fn kernel() -> Option<&'static dyn Quantize> {

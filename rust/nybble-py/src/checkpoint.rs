@@ -1,0 +1,146 @@
+//! `Checkpoint`.
+
+use std::collections::BTreeMap;
+
+use numpy::PyArray2;
+use nybble::Error;
+use nybble::model::spec::{EmbeddingSpec, LinearSpec, Spec};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use serde_json::{Value, json};
+
+use crate::array::matrix;
+use crate::error::{exception, run};
+use crate::metadata;
+use crate::model::{access, to_json};
+
+/// A model's files: a configuration and named tensors.
+#[pyclass(frozen, module = "nybble._nybble")]
+pub(crate) struct Checkpoint {
+    core: nybble::model::Checkpoint,
+}
+
+#[pymethods]
+impl Checkpoint {
+    /// Opens a folder or a GGUF file.
+    #[staticmethod]
+    #[pyo3(signature = (path, mmap=true))]
+    fn open(py: Python<'_>, path: &str, mmap: bool) -> PyResult<Self> {
+        let core = run(py, || nybble::model::Checkpoint::open(path, access(mmap)))?;
+        Ok(Self { core })
+    }
+
+    /// `folder` or `gguf`.
+    #[getter]
+    fn kind(&self) -> &'static str {
+        if self.core.gguf().is_some() { "gguf" } else { "folder" }
+    }
+
+    /// The configuration, as JSON.
+    fn config(&self, py: Python<'_>) -> PyResult<String> {
+        run(py, || to_json(self.core.config()))
+    }
+
+    /// Type and shape of every tensor.
+    fn tensors(&self) -> BTreeMap<&str, (&'static str, Vec<usize>)> {
+        let tensors = self.core.tensors().iter();
+        tensors.map(|(name, tensor)| (name.as_str(), (tensor.dtype.name(), tensor.shape.clone()))).collect()
+    }
+
+    /// Rows `start..stop` of a tensor as f32; a tensor of one dimension is one row.
+    #[pyo3(signature = (name, start=0, stop=None))]
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        start: usize,
+        stop: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let (values, rows, cols) = run(py, || {
+            let tensor = self.core.tensor(name)?;
+            let (len, width) = tensor.matrix();
+            let vector = tensor.shape.len() < 2;
+            let (rows, cols) = if vector { (1, len) } else { (len, width) };
+            let stop = stop.unwrap_or(rows);
+            if start > stop || stop > rows {
+                return Err(Error::argument("rows", format!("a range within 0..{rows}"), format!("{start}..{stop}")));
+            }
+            let mut values = Vec::new();
+            // The core counts the elements of a vector as its rows.
+            let range = if !vector {
+                start..stop
+            } else if start < stop {
+                0..len
+            } else {
+                0..0
+            };
+            self.core.read_f32(name, range, &mut values)?;
+            Ok((values, stop - start, cols))
+        })?;
+        matrix(py, values, rows, cols)
+    }
+
+    /// A copy of a tensor's stored bytes.
+    fn raw<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = self.core.raw(name).map_err(|error| exception(py, &error))?;
+        match bytes {
+            Some(bytes) => Ok(PyBytes::new(py, bytes)),
+            None => {
+                let detail = "the file keeps them in another order; read the values instead";
+                Err(exception(py, &Error::unsupported(format!("the bytes of {name}"), detail)))
+            }
+        }
+    }
+
+    /// What there is to compress and what a model needs, as JSON.
+    fn plan(&self, py: Python<'_>) -> PyResult<String> {
+        run(py, || to_json(&plan(&self.core.spec()?)))
+    }
+
+    /// The metadata of a GGUF file; empty for a folder.
+    fn gguf_metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        match self.core.gguf() {
+            Some(gguf) => metadata::to_dict(py, gguf.metadata()),
+            None => Ok(PyDict::new(py)),
+        }
+    }
+}
+
+fn plan(spec: &Spec) -> Value {
+    let linear = |linear: &LinearSpec| {
+        json!({
+            "module": linear.module,
+            "rows": linear.rows,
+            "cols": linear.cols,
+            "bias": linear.bias,
+            "transposed": linear.transposed,
+            "role": linear.role.name(),
+        })
+    };
+    let embedding = |table: &EmbeddingSpec| {
+        json!({ "module": table.module, "rows": table.rows, "cols": table.cols })
+    };
+    let mut tensors = Vec::new();
+    for linear in spec.linears() {
+        tensors.push(linear.weight());
+        if linear.bias {
+            tensors.push(format!("{}.bias", linear.module));
+        }
+    }
+    tensors.extend(spec.embeddings().into_iter().map(EmbeddingSpec::weight));
+    for norm in spec.norms() {
+        if norm.affine {
+            tensors.push(format!("{}.weight", norm.module));
+        }
+        if norm.has_bias() {
+            tensors.push(format!("{}.bias", norm.module));
+        }
+    }
+    json!({
+        "family": spec.family,
+        "linears": spec.linears().into_iter().map(linear).collect::<Vec<_>>(),
+        "embeddings": spec.embeddings().into_iter().map(embedding).collect::<Vec<_>>(),
+        "tied": spec.tied,
+        "tensors": tensors,
+    })
+}

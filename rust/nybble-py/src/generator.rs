@@ -1,0 +1,52 @@
+//! `Generator`.
+
+use std::sync::Mutex;
+
+use nybble::decode::{FinishReason, Generation};
+use pyo3::prelude::*;
+
+use crate::error::{exclusively, run, run_until_signal};
+use crate::model::to_json;
+use crate::session::Session;
+
+/// The tokens of one generation, computed one by one as they are asked for.
+#[pyclass(frozen, module = "nybble._nybble")]
+pub(crate) struct Generator {
+    session: Py<Session>,
+    core: Mutex<Generation>,
+}
+
+impl Generator {
+    pub(crate) fn new(session: Py<Session>, core: Generation) -> Self {
+        Self { session, core: Mutex::new(core) }
+    }
+}
+
+#[pymethods]
+impl Generator {
+    /// Why it ended: `length`, `stop` or `context`; none while it has not.
+    #[getter]
+    fn finish_reason(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
+        run(py, || {
+            exclusively(&self.core, "generator", |core| Ok(core.finish_reason().map(FinishReason::name)))
+        })
+    }
+
+    /// Tokens and seconds of each phase, as JSON.
+    fn metrics(&self, py: Python<'_>) -> PyResult<String> {
+        run(py, || exclusively(&self.core, "generator", |core| to_json(core.metrics())))
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<u32>> {
+        let session = self.session.get();
+        run_until_signal(py, |stop| {
+            exclusively(&self.core, "generator", |core| {
+                session.with(|model, session| core.step(model, session, stop))
+            })
+        })
+    }
+}

@@ -1,0 +1,111 @@
+//! `Session`.
+
+use std::sync::{Arc, Mutex};
+
+use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
+use nybble::decode::{Generation, Request, Sampling};
+use nybble::model::Logits;
+use nybble::{Error, Result};
+use pyo3::prelude::*;
+
+use crate::array::matrix;
+use crate::error::{exclusively, run, run_until_signal};
+use crate::generator::Generator;
+
+/// One text in a model, with its keys and values.
+#[pyclass(frozen, module = "nybble._nybble")]
+pub(crate) struct Session {
+    model: Arc<nybble::model::Model>,
+    core: Mutex<nybble::model::Session>,
+}
+
+impl Session {
+    pub(crate) fn new(model: Arc<nybble::model::Model>, core: nybble::model::Session) -> Self {
+        Self { model, core: Mutex::new(core) }
+    }
+
+    /// Runs `work` with the model and the session.
+    pub(crate) fn with<T>(
+        &self,
+        work: impl FnOnce(&nybble::model::Model, &mut nybble::model::Session) -> Result<T>,
+    ) -> Result<T> {
+        exclusively(&self.core, "session", |core| work(&self.model, core))
+    }
+}
+
+#[pymethods]
+impl Session {
+    /// Computes `ids` after what the session holds; returns the logits wanted: `last`, `all` or `none`.
+    #[pyo3(signature = (ids, want="last"))]
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        ids: PyReadonlyArray1<'py, u32>,
+        want: &str,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = ids.as_array().to_vec();
+        let vocab = self.model.spec().vocab;
+        let logits = run_until_signal(py, |stop| {
+            let want = match want {
+                "last" => Logits::Last,
+                "all" => Logits::All,
+                "none" => Logits::None,
+                _ => return Err(Error::argument("want", "last, all or none", want)),
+            };
+            let mut logits = Vec::new();
+            self.with(|model, session| session.forward(model, &ids, want, &mut logits, stop))?;
+            Ok(logits)
+        })?;
+        let rows = logits.len() / vocab;
+        matrix(py, logits, rows, vocab)
+    }
+
+    /// The tokens the session holds.
+    fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        let tokens = run(py, || self.with(|_, session| Ok(session.tokens().to_vec())))?;
+        Ok(PyArray1::from_vec(py, tokens))
+    }
+
+    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
+        run(py, || self.with(|_, session| Ok(session.len())))
+    }
+
+    /// Forgets everything from token `n` on.
+    fn truncate(&self, py: Python<'_>, n: usize) -> PyResult<()> {
+        run(py, || {
+            self.with(|_, session| {
+                if n > session.len() {
+                    return Err(Error::argument("n", format!("0 to {}", session.len()), n));
+                }
+                session.truncate(n);
+                Ok(())
+            })
+        })
+    }
+
+    /// Prepares a generation after what the session holds; it computes nothing until its first token is asked for.
+    #[pyo3(signature = (prompt, max_new, stop=Vec::new(), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+                        repeat_penalty=1.0, repeat_last_n=64, seed=0))]
+    #[allow(clippy::too_many_arguments)]
+    fn generate(
+        slf: Bound<'_, Self>,
+        prompt: PyReadonlyArray1<'_, u32>,
+        max_new: usize,
+        stop: Vec<u32>,
+        temperature: f32,
+        top_k: usize,
+        top_p: f32,
+        min_p: f32,
+        repeat_penalty: f32,
+        repeat_last_n: usize,
+        seed: u64,
+    ) -> PyResult<Generator> {
+        let prompt = prompt.as_array().to_vec();
+        let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed };
+        let request = Request { prompt, max_new, stop, sampling };
+        let session = slf.get();
+        let core =
+            run(slf.py(), || session.with(|model, session| Generation::new(model, session, request)))?;
+        Ok(Generator::new(slf.unbind(), core))
+    }
+}

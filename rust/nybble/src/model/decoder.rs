@@ -1,0 +1,240 @@
+//! The forward pass: tokens in, logits out, one function for every family.
+//!
+//! It reads top to bottom: embed, then for each layer attention and feed-forward, then norm and head. Buffers are named
+//! after the math, with their shape beside them; `n` is the number of tokens computed together. They keep the memory of the
+//! largest `n` seen, so generating a token allocates nothing.
+//!
+//! Every row is computed with the same arithmetic whatever `n` is and however the threads share the work: one token at a
+//! time, a whole prompt at once, or anything between gives the same bits.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::Model;
+use super::blocks::{Attention, Block, Layer, Mlp};
+use super::linear::Run;
+use super::rope::RopeTable;
+use super::session::Session;
+use super::spec::Position;
+use crate::error::{Error, Result};
+use crate::kernels::attention::{self, KvCache};
+use crate::kernels::quantize::Activations;
+use crate::pack::Packed;
+
+/// Buffers of the forward pass.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    x: Vec<f32>,       // [n, hidden]           the residual stream
+    xb: Vec<f32>,      // [n, hidden]           x after a norm
+    h: Vec<f32>,       // [n, hidden]           what a block adds to x
+    narrow: Vec<f32>,  // [n, embedding width]  on the other side of a projection
+    qkv: Vec<f32>,     // [n, q + k + v]
+    normed: Vec<f32>,  // [n, q + k + v]        the same with normed heads
+    att: Vec<f32>,     // [n, q]                weighted values
+    gate_up: Vec<f32>, // [n, 2 inner] or [n, inner]
+    inner: Vec<f32>,   // [n, inner]            after the activation
+    rounded: Activations,
+    attention: attention::Scratch,
+}
+
+impl Session {
+    /// Computes `tokens`, at most a chunk of them, and as many last rows of logits as `logits` has room for.
+    pub(super) fn chunk(
+        &mut self,
+        model: &Model,
+        tokens: &[u32],
+        logits: &mut [f32],
+        stop: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let run = Run { pool: &model.pool, kernels: &model.kernels };
+        let (n, start) = (tokens.len(), self.tokens.len());
+        let s = &mut self.scratch;
+        for buffer in [&mut s.x, &mut s.xb, &mut s.h] {
+            fit(buffer, n * model.spec.hidden);
+        }
+        for rope in &mut self.ropes {
+            rope.extend(start + n);
+        }
+
+        embed(run, model, tokens, start, s)?;
+        for (layer, cache) in model.weights.layers.iter().zip(&mut self.caches) {
+            if stop() {
+                return Err(Error::Interrupted);
+            }
+            let Layer { attention, attention_block, mlp, mlp_block } = layer;
+            let rope = attention.rope.map(|index| &self.ropes[index]);
+
+            enter(run, attention_block, s);
+            attend(run, attention, rope, cache, start, n, s)?;
+            leave(run, attention_block, s);
+
+            enter(run, mlp_block, s);
+            feed_forward(run, mlp, n, s)?;
+            leave(run, mlp_block, s);
+        }
+        if !logits.is_empty() {
+            if stop() {
+                return Err(Error::Interrupted);
+            }
+            head(run, model, logits, s)?;
+        }
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+}
+
+/// Gives a buffer its length; what it holds does not matter.
+fn fit(buffer: &mut Vec<f32>, len: usize) {
+    buffer.resize(len, 0.0);
+}
+
+/// `x = embedding[tokens]`, scaled, projected, with positions added and normed, as the model has it.
+fn embed(run: Run<'_>, model: &Model, tokens: &[u32], start: usize, s: &mut Scratch) -> Result<()> {
+    let (weights, spec, n) = (&model.weights, &model.spec, tokens.len());
+    let token = |i: usize| tokens[i] as usize;
+    if let Some(project_in) = &weights.project_in {
+        fit(&mut s.narrow, n * spec.embedding.cols);
+        look_up(run, &weights.embedding, &token, &mut s.narrow)?;
+        project_in.forward(run, &s.narrow, n, &mut s.rounded, &mut s.x)?;
+    } else {
+        look_up(run, &weights.embedding, &token, &mut s.x)?;
+    }
+    if let Some(scale) = spec.embedding_scale {
+        run.kernels.elementwise.scale(&mut s.x, scale);
+    }
+    if let (Some(table), Position::Learned { offset, .. }) = (&weights.positions, &spec.position) {
+        look_up(run, table, &|i| start + i + offset, &mut s.h)?;
+        run.kernels.elementwise.add_assign(&mut s.x, &s.h);
+    }
+    if let Some(norm) = &weights.embedding_norm {
+        norm.rows(run, &s.x, &mut s.xb);
+        std::mem::swap(&mut s.x, &mut s.xb);
+    }
+    Ok(())
+}
+
+/// Rows `row(0)`, `row(1)`, ... of a table.
+fn look_up(run: Run<'_>, table: &Packed, row: &(dyn Fn(usize) -> usize + Sync), out: &mut [f32]) -> Result<()> {
+    let failed = Mutex::new(None);
+    run.pool.split_rows(out, table.cols(), &|first, rows| {
+        for (i, out) in rows.chunks_exact_mut(table.cols()).enumerate() {
+            if let Err(error) = table.row(row(first + i), out) {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Before a block: `xb` becomes its input, `pre(x)` or `x` itself.
+fn enter(run: Run<'_>, block: &Block, s: &mut Scratch) {
+    match &block.pre {
+        Some(norm) => norm.rows(run, &s.x, &mut s.xb),
+        None => s.xb.copy_from_slice(&s.x),
+    }
+}
+
+/// After a block: `x = after(residual + post(h))`.
+fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
+    if block.residual_is_normed {
+        s.x.copy_from_slice(&s.xb);
+    }
+    if let Some(norm) = &block.post {
+        norm.rows(run, &s.h, &mut s.xb);
+        std::mem::swap(&mut s.h, &mut s.xb);
+    }
+    run.kernels.elementwise.add_assign(&mut s.x, &s.h);
+    if let Some(norm) = &block.after {
+        norm.rows(run, &s.x, &mut s.xb);
+        std::mem::swap(&mut s.x, &mut s.xb);
+    }
+}
+
+/// `h = out(softmax(scale * q kᵀ) v)` with `[q | k | v] = qkv(xb)`, over the cached keys and values and the new ones.
+fn attend(
+    run: Run<'_>,
+    attention: &Attention,
+    rope: Option<&RopeTable>,
+    cache: &mut KvCache,
+    start: usize,
+    n: usize,
+    s: &mut Scratch,
+) -> Result<()> {
+    let dim = attention.head_dim;
+    let (q, k) = (attention.heads * dim, attention.kv_heads * dim);
+    let width = q + 2 * k;
+    fit(&mut s.qkv, n * width);
+    attention.qkv.forward(run, &s.xb, n, &mut s.rounded, &mut s.qkv)?;
+
+    if let (Some(q_norm), Some(k_norm)) = (&attention.q_norm, &attention.k_norm) {
+        fit(&mut s.normed, n * width);
+        run.pool.split_rows(&mut s.normed, width, &|first, rows| {
+            for (from, to) in s.qkv[first * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
+                let norms = (0..).map(|head| if head < attention.heads { q_norm } else { k_norm });
+                let heads = from[..q + k].chunks_exact(dim).zip(to[..q + k].chunks_exact_mut(dim));
+                heads.zip(norms).for_each(|((head, out), norm)| norm.row(run, head, out));
+                to[q + k..].copy_from_slice(&from[q + k..]);
+            }
+        });
+        std::mem::swap(&mut s.qkv, &mut s.normed);
+    }
+    if let Some(rope) = rope {
+        run.pool.split_rows(&mut s.qkv, width, &|first, rows| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let (cos, sin) = rope.angles(start + first + i);
+                run.kernels.rope.rotate(&mut row[..q + k], dim, 2 * cos.len(), cos, sin);
+            }
+        });
+    }
+
+    cache.append(run.pool, &s.qkv[q..], &s.qkv[q + k..], n, width)?;
+    let shape = attention::Shape {
+        heads: attention.heads,
+        kv_heads: attention.kv_heads,
+        head_dim: dim,
+        scale: attention.scale,
+        window: attention.window,
+        alibi: attention.slopes.as_deref(),
+        softcap: attention.softcap,
+    };
+    fit(&mut s.att, n * q);
+    let kernel = run.kernels.attention;
+    attention::attend(run.pool, kernel, &shape, cache, &s.qkv, width, n, &mut s.att, &mut s.attention)?;
+    attention.out.forward(run, &s.att, n, &mut s.rounded, &mut s.h)
+}
+
+/// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`.
+fn feed_forward(run: Run<'_>, mlp: &Mlp, n: usize, s: &mut Scratch) -> Result<()> {
+    let width = mlp.gate_up.rows();
+    fit(&mut s.gate_up, n * width);
+    fit(&mut s.inner, n * mlp.inner);
+    mlp.gate_up.forward(run, &s.xb, n, &mut s.rounded, &mut s.gate_up)?;
+    run.pool.split_rows(&mut s.inner, mlp.inner, &|first, rows| {
+        for (gate_up, out) in s.gate_up[first * width..].chunks_exact(width).zip(rows.chunks_exact_mut(mlp.inner)) {
+            mlp.activate(run, gate_up, out);
+        }
+    });
+    mlp.down.forward(run, &s.inner, n, &mut s.rounded, &mut s.h)
+}
+
+/// `logits = head(norm(x))` of the last rows, as many as `logits` has room for.
+fn head(run: Run<'_>, model: &Model, logits: &mut [f32], s: &mut Scratch) -> Result<()> {
+    let (weights, spec) = (&model.weights, &model.spec);
+    let rows = logits.len() / spec.vocab;
+    let first = s.x.len() - rows * spec.hidden;
+    let x = &s.x[first..]; // [rows, hidden]
+    let mut last = x;
+    if let Some(norm) = &weights.final_norm {
+        norm.rows(run, x, &mut s.xb[first..]);
+        last = &s.xb[first..];
+    }
+    if let Some(project_out) = &weights.project_out {
+        fit(&mut s.narrow, rows * spec.head.cols);
+        project_out.forward(run, last, rows, &mut s.rounded, &mut s.narrow)?;
+        last = &s.narrow;
+    }
+    weights.head.forward(run, last, rows, &mut s.rounded, logits)?;
+    if let Some(cap) = spec.logit_softcap {
+        run.kernels.elementwise.softcap(logits, cap);
+    }
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! What an open model is made of, for `inspect`, `bench` and reports.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::Model;
+use crate::kernels::attention::KvType;
+
+/// Sizes, kernels and memory of an open model.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Info {
+    /// The family.
+    pub family: String,
+    /// Number of layers.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Query heads of the first layer.
+    pub heads: usize,
+    /// Key and value heads of the first layer.
+    pub kv_heads: usize,
+    /// Size of the vocabulary.
+    pub vocab: usize,
+    /// Most tokens of a session.
+    pub context: usize,
+    /// Number of weights; a head that shares the embedding counts once.
+    pub parameters: u64,
+    /// Bytes of packed weights by layout (`w4`, `w8`, `f32`, `f16`, `bf16`).
+    pub weight_bytes: BTreeMap<String, u64>,
+    /// Type of cached keys and values, `f32` or `f16`.
+    pub kv_type: String,
+    /// Bytes that one token's keys and values take.
+    pub kv_bytes_per_token: usize,
+    /// The kernel of every operation, as `operation/tier`.
+    pub kernels: Vec<String>,
+    /// Number of threads.
+    pub threads: usize,
+}
+
+pub(super) fn info(model: &Model) -> Info {
+    let mut weight_bytes = BTreeMap::new();
+    for matrix in model.weights.matrices() {
+        *weight_bytes.entry(matrix.layout().name().to_owned()).or_default() += matrix.bytes() as u64;
+    }
+    let (kv_type, bytes) = match model.kv {
+        KvType::F32 => ("f32", 4),
+        KvType::F16 => ("f16", 2),
+    };
+    let kv_width: usize = model.spec.layers.iter().map(|layer| 2 * layer.attention.kv_width()).sum();
+    let first = model.spec.layers.first().map(|layer| &layer.attention);
+    Info {
+        family: model.spec.family.into(),
+        layers: model.spec.layers.len(),
+        hidden: model.spec.hidden,
+        heads: first.map_or(0, |attention| attention.heads),
+        kv_heads: first.map_or(0, |attention| attention.kv_heads),
+        vocab: model.spec.vocab,
+        context: model.context,
+        parameters: model.spec.parameters(),
+        weight_bytes,
+        kv_type: kv_type.into(),
+        kv_bytes_per_token: kv_width * bytes,
+        kernels: model.kernels.names(),
+        threads: model.pool.threads(),
+    }
+}
