@@ -26,7 +26,9 @@ DATA = os.environ.get("NYBBLE_DATA")
 EVAL_TOKENS = 8 * 1024
 
 pytestmark = [
-    pytest.mark.skipif(not DATA, reason="needs NYBBLE_DATA (measurement texts) and a downloaded model"),
+    pytest.mark.skipif(
+        not DATA, reason="needs NYBBLE_DATA (measurement texts) and a downloaded model"
+    ),
     pytest.mark.timeout(900),
 ]
 
@@ -108,7 +110,11 @@ def test_f32_logits_and_greedy_tokens_equal_transformers(
         ours = model.forward(ids)
         assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-4
         greedy = reference.generate(
-            torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
+            torch.tensor([ids]),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
         )[0, length:].tolist()
     session = model.session()
     logits = session.forward(np.asarray(ids, dtype=np.uint32), "last")

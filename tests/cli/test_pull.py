@@ -41,7 +41,8 @@ def write_wheel(folder, package, members, version="1.0"):
             f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
         )
         archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr(f"{info}/RECORD", "")
     return path
@@ -91,7 +92,9 @@ def simple(index, monkeypatch, data=PAYLOAD, stored=None):
 def leftovers():
     """List everything in the cache."""
     root = hub.cache_dir()
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path != root / "models")
+    return sorted(
+        str(path.relative_to(root)) for path in root.rglob("*") if path != root / "models"
+    )
 
 
 @pytest.mark.timeout(60)
@@ -177,7 +180,11 @@ def test_member_names_are_never_paths(index, monkeypatch, tmp_path):
     pulled = hub.pull(name)
     assert pulled.path.read_bytes() == PAYLOAD
     assert list(outside.iterdir()) == []
-    assert leftovers() == [f"models/{name}", f"models/{name}/nybble-pull.json", f"models/{name}/tiny.gguf"]
+    assert leftovers() == [
+        f"models/{name}",
+        f"models/{name}/nybble-pull.json",
+        f"models/{name}/tiny.gguf",
+    ]
 
 
 @pytest.mark.timeout(60)

@@ -7,14 +7,16 @@ The tests are the ones other engines print, so that figures can stand in one tab
 * ``@ d1024`` behind a name: with 1024 tokens in the key-value cache already.
 
 The tokens are a fixed pseudo-random trace. Encoding text and choosing tokens are not part of the
-time. Each test runs once to warm up and then ``repeats`` times. Memory bandwidth is read just before
-and after the tests: on a shared machine it moves by a factor of two between minutes, and generating
-text is a matter of reading the weights from memory.
+time. Each test runs once to warm up (of generation the first tokens) and then ``repeats`` times.
+
+:func:`bandwidth` belongs in the same minute: generating text is a matter of reading the weights
+from memory, and on a shared machine its speed moves by a factor of two between minutes.
 """
 
+import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,8 @@ BANDWIDTH_MEGABYTES = 256
 
 _TRACE_SEED = 2718281828
 _WARM_TOKENS = 16
+#: Tokens the core computes together at most.
+_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def measure(
             )
             raise ArgumentError(msg)
     trace = _trace(model.vocab_size, max(test.depth + test.tokens for test in todo))
+    identity = _identity(model)
     total = len(todo) * (repeats + 1)
     records = []
     for index, test in enumerate(todo):
@@ -143,7 +148,7 @@ def measure(
             nanoseconds = _run(session, test, trace, warm_up=warm_up)
             if not warm_up:
                 samples.append(nanoseconds)
-        records.append(_record(model, test, samples))
+        records.append(_record(identity, test, samples))
     if on_step is not None:
         on_step("done", total, total)
     return records
@@ -174,28 +179,56 @@ def _run(
     return time.perf_counter_ns() - start
 
 
-def _record(model: "LanguageModel", test: SpeedTest, samples: list[int]) -> dict[str, Any]:
-    from nybble import __version__
+def _identity(model: "LanguageModel") -> dict[str, Any]:
+    """Return the fields that are the same for every test of a model."""
+    from nybble import __version__, _nybble, anatomy
 
-    speeds = [test.tokens * 1e9 / sample for sample in samples]
-    average = statistics.fmean(samples)
+    checkpoint = _nybble.Checkpoint.open(str(model.path))
+    config, plan = json.loads(checkpoint.config()), json.loads(checkpoint.plan())
+    parts = anatomy.parts(checkpoint.tensors(), plan)
     info = model.info
+    kernels = list(info["kernels"])
     return {
-        "test": test.name,
-        "build": __version__,
+        "build": f"nybble {__version__}",
         "cpu_info": machine.cpu_name(),
         "backends": "CPU",
-        "isa": info["isa"],
-        "kernel": info["kernels"],
+        "isa": json.loads(_nybble.doctor())["best"],
+        "kernel": matmul_kernel(info["weight_bytes"], kernels, anatomy.scheme(config, parts)),
         "model_filename": str(model.path),
         "model_type": info["family"],
-        "model_size": info["weight_bytes"],
+        "model_size": sum(info["weight_bytes"].values()),
         "model_n_params": info["parameters"],
-        "weight_scheme": info["scheme"],
-        "n_batch": info["batch"],
+        "weight_scheme": anatomy.scheme(config, parts),
+        "n_batch": _BATCH,
         "n_threads": info["threads"],
-        "type_k": info["kv"],
-        "type_v": info["kv"],
+        "type_k": info["kv_type"],
+        "type_v": info["kv_type"],
+    }
+
+
+def matmul_kernel(layouts: Mapping[str, int], kernels: Sequence[str], scheme: str) -> str:
+    """Return the kernel that multiplies most of the weights, ``w4a8/avx2``.
+
+    Parameters
+    ----------
+    layouts
+        Bytes of weights by packed layout.
+    kernels
+        The kernel of every operation.
+    scheme
+        The model's weight scheme; integer weights with float activations run in ``f32``.
+    """
+    layout = max(layouts, key=lambda name: layouts[name]) if layouts else "f32"
+    operation = f"{layout}a8" if layout.startswith("w") and "A8" in scheme else "f32"
+    return next((kernel for kernel in kernels if kernel.startswith(f"{operation}/")), operation)
+
+
+def _record(identity: dict[str, Any], test: SpeedTest, samples: list[int]) -> dict[str, Any]:
+    speeds = [test.tokens * 1e9 / sample for sample in samples]
+    average = statistics.fmean(samples)
+    return {
+        "test": test.name,
+        **identity,
         "n_prompt": test.prompt,
         "n_gen": test.gen,
         "n_depth": test.depth,

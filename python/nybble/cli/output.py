@@ -54,13 +54,23 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def clean(text: str) -> str:
+    """Escape what is not printable: names out of a file must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Make a table of two columns, names and values."""
     table = grid(title, ("", ""), right=())
     table.show_header = False
     for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(clean(value)))
     return table
+
+
+def add(table: Table, *cells: str) -> None:
+    """Add a row of plain texts: no markup, nothing that is not printable."""
+    table.add_row(*(Text(clean(cell)) for cell in cells))
 
 
 def grid(title: str, columns: Iterable[str], *, right: Iterable[int]) -> Table:
@@ -69,7 +79,7 @@ def grid(title: str, columns: Iterable[str], *, right: Iterable[int]) -> Table:
 
     figures = set(right)
     table = Table(
-        title=Text(title, style="bold") if title else None,
+        title=Text(clean(title), style="bold") if title else None,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         header_style="bold",
@@ -117,15 +127,16 @@ def count(value: int) -> str:
 
 
 class TokenBar:
-    """A progress bar over tokens on stderr, with a remark behind it."""
+    """A progress bar on stderr, with a remark behind it."""
 
-    def __init__(self, label: str, *, on: bool) -> None:
+    def __init__(self, label: str, *, on: bool, unit: str) -> None:
         self._label = label
         self._on = on
+        self._unit = unit
         self._bar: Any = None
 
     def update(self, done: int, total: int, remark: str = "") -> None:
-        """Show that ``done`` of ``total`` tokens are done."""
+        """Show that ``done`` of ``total`` are done."""
         if not self._on:
             return
         if self._bar is None:
@@ -134,7 +145,7 @@ class TokenBar:
             self._bar = tqdm(
                 total=total,
                 desc=self._label,
-                unit="tok",
+                unit=self._unit,
                 unit_scale=True,
                 dynamic_ncols=True,
                 leave=False,
@@ -152,9 +163,9 @@ class TokenBar:
             self._bar.close()
 
 
-def token_bar(label: str, *, on: bool) -> TokenBar:
+def token_bar(label: str, *, on: bool, unit: str = "tok") -> TokenBar:
     """Make a progress bar; it appears with its first update."""
-    return TokenBar(label, on=on)
+    return TokenBar(label, on=on, unit=unit)
 
 
 class TextWriter:

@@ -101,7 +101,8 @@ def _list(*, as_json: bool) -> None:
         return
     table = output.grid("", ("name", "model", "packaged", "licence", "here"), right=(2,))
     for model in hub.KNOWN.values():
-        table.add_row(
+        output.add(
+            table,
             model.name,
             model.title,
             output.size(model.size),

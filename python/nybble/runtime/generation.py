@@ -14,7 +14,6 @@ from nybble.runtime.text import StopScanner, TextDecoder
 
 if TYPE_CHECKING:
     from nybble import _nybble
-    from nybble.runtime.session import Session
 
 __all__ = ["Generation", "Sampling", "Stream"]
 
@@ -121,9 +120,11 @@ class Generation:
     text
         The text, without stop strings.
     tokens
-        Every token generated, the one that ended the text included.
+        The tokens generated, without the one by which the model ended the text. A stop string's are
+        among them.
     finish_reason
-        ``"stop"`` (the model ended the text, or a stop string appeared) or ``"length"``.
+        ``"stop"`` (the model ended the text, or a stop string appeared), ``"length"`` (it has as
+        many tokens as asked for) or ``"context"`` (the context is full).
     prompt_tokens
         How many tokens the prompt had.
     seed
@@ -154,12 +155,8 @@ class Stream(Iterator[str]):
         Turns them into text, or ``None`` where there is no tokenizer.
     stops
         Strings that end the text.
-    session
-        Told of every token.
     prompt_tokens
         How many tokens the prompt had.
-    hidden
-        Tokens that end the text and are not part of it.
     seed
         The seed in use.
     """
@@ -170,17 +167,13 @@ class Stream(Iterator[str]):
         decoder: TextDecoder | None,
         *,
         stops: Sequence[str],
-        session: Session,
         prompt_tokens: int,
-        hidden: frozenset[int],
         seed: int,
     ) -> None:
         self._raw = tokens
         self._decoder = decoder
         self._scanner = StopScanner(stops)
-        self._session = session
         self._prompt_tokens = prompt_tokens
-        self._hidden = hidden
         self._seed = seed
         self._pieces: list[str] = []
         self._done = False
@@ -200,7 +193,6 @@ class Stream(Iterator[str]):
                 piece = self._flush()
             else:
                 self.tokens.append(token)
-                self._session.append(token)
                 piece = self._push(token)
                 if self._scanner.stopped:
                     self._done = True
@@ -210,7 +202,7 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def _push(self, token: int) -> str:
-        if self._decoder is None or token in self._hidden:
+        if self._decoder is None:
             return ""
         return self._scanner.push(self._decoder.push(token))
 

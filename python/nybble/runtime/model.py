@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_NEW_TOKENS", "LanguageModel", "NybbleForCausalLM", "from_pretrained", "load"]
 
 DEFAULT_NEW_TOKENS = 256
-"""Most new tokens when nothing is asked for; fewer where the context ends earlier."""
+"""Most new tokens when nothing is asked for."""
 _MAX_CONFIG = 16 << 20
 
 
@@ -159,8 +159,8 @@ class LanguageModel:
         prompt
             Text, or tokens. An empty text is allowed where the tokenizer begins texts with a token.
         max_new_tokens
-            Most tokens to generate; by default `DEFAULT_NEW_TOKENS`, or as many as the context
-            holds. A number the context cannot hold is an error.
+            Most tokens to generate; by default `DEFAULT_NEW_TOKENS`. Where the context is full
+            earlier, the result's ``finish_reason`` says so.
         do_sample, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
             See :class:`~nybble.runtime.generation.Sampling`.
         stop
@@ -181,7 +181,7 @@ class LanguageModel:
         TokenError
             When a token is not in the vocabulary.
         ContextError
-            When prompt and new tokens do not fit into the context.
+            When the prompt does not fit into the context.
         """
         array = token_array(
             self.tokenizer.encode(prompt, parse_special=parse_special)
@@ -303,11 +303,8 @@ class LanguageModel:
         if not ids:
             message = "prompt: expected at least one token, found none"
             raise ArgumentError(message)
-        if max_new_tokens is None:
-            # A prompt that fills the context is an error; so at least one token is asked for.
-            new = max(1, min(DEFAULT_NEW_TOKENS, self.context - len(ids)))
-        else:
-            new = count("max_new_tokens", max_new_tokens)
+        new = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        new = count("max_new_tokens", new)
         if session is None:
             session = self.session()
         rest = session.rewind(ids)
@@ -335,9 +332,7 @@ class LanguageModel:
             raw,
             decoder,
             stops=stops,
-            session=session,
             prompt_tokens=len(ids),
-            hidden=frozenset(ends) if skip_special_tokens else frozenset(),
             seed=sampling.seed,
         )
 

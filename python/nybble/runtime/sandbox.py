@@ -151,18 +151,19 @@ class _SafeNamespace(Namespace):
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         for name in dict(*args, **kwargs):
-            self._check(name)
+            _check_attribute(name)
         super().__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _check_attribute(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            message = f"a namespace has no attribute {name!r}"
-            raise SecurityError(message)
+
+def _check_attribute(name: object) -> None:
+    # Not a method: a namespace's own attributes are those of the template.
+    if isinstance(name, str) and name.startswith("_"):
+        message = f"a namespace has no attribute {name!r}"
+        raise SecurityError(message)
 
 
 def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:

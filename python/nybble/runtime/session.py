@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ArgumentError, TokenError
 
@@ -70,12 +70,12 @@ class Session:
     def __init__(self, raw: _nybble.Session, vocab: int) -> None:
         self.raw = raw
         self.vocab = vocab
-        self._tokens: list[int] = []
 
     @property
     def tokens(self) -> list[int]:
         """The tokens in the cache."""
-        return self._tokens[: len(self.raw)]
+        tokens: list[int] = self.raw.tokens().tolist()
+        return tokens
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -86,9 +86,10 @@ class Session:
             message = f"n: expected a number from 0 to {len(self.raw)}, found {n}"
             raise ArgumentError(message)
         self.raw.truncate(n)
-        self._tokens = self._tokens[:n]
 
-    def forward(self, ids: Sequence[int], want: str = "last") -> npt.NDArray[np.float32]:
+    def forward(
+        self, ids: Sequence[int] | npt.NDArray[Any], want: str = "last"
+    ) -> npt.NDArray[np.float32]:
         """Compute `ids` after the tokens in the cache.
 
         Parameters
@@ -98,11 +99,7 @@ class Session:
         want
             Which rows of logits to return: ``"last"``, ``"all"`` or ``"none"``.
         """
-        array = token_array(ids, self.vocab)
-        before = self.tokens
-        logits = self.raw.forward(array, want)
-        self._tokens = before + array.tolist()
-        return logits
+        return self.raw.forward(token_array(ids, self.vocab), want)
 
     def rewind(self, prompt: Sequence[int]) -> list[int]:
         """Keep the beginning that `prompt` shares with the cache; return the rest of `prompt`.
@@ -110,12 +107,7 @@ class Session:
         At least one token is left over, because logits come from computing one.
         """
         known = self.tokens
-        most = min(len(known), len(prompt) - 1)
-        shared = next((i for i in range(most) if known[i] != prompt[i]), max(most, 0))
+        most = max(min(len(known), len(prompt) - 1), 0)
+        shared = next((i for i in range(most) if known[i] != prompt[i]), most)
         self.raw.truncate(shared)
-        self._tokens = list(prompt)
         return list(prompt[shared:])
-
-    def append(self, token: int) -> None:
-        """Note a token that was generated; it enters the cache when the next one is."""
-        self._tokens.append(token)

@@ -5,6 +5,8 @@
 //! words, compared with this module by mypy's stubtest.
 
 #![forbid(unsafe_code)]
+// PyO3 hands over what it converted from Python by value.
+#![allow(clippy::needless_pass_by_value)]
 
 mod array;
 mod checkpoint;

@@ -6,6 +6,7 @@ pub mod cpu;
 pub mod error;
 pub mod format;
 pub mod pack;
+pub mod probe;
 pub mod solve;
 pub mod threads;
 

@@ -1,0 +1,172 @@
+"""``nybble bench``: how fast a model runs here."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nybble.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _lengths(text: str) -> list[int]:
+    """Parse ``512`` or ``128,512``."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < 0 or max(values) > 1 << 24:
+        msg = f"{text!r} is not a length, or several with commas between."
+        raise typer.BadParameter(msg)
+    return values
+
+
+def _check_lengths(text: str) -> str:
+    _lengths(text)
+    return text
+
+
+def _check_format(text: str | None) -> str | None:
+    from nybble.bench.report import FORMATS
+
+    if text is not None and text not in FORMATS:
+        msg = f"{text!r} is not one of {', '.join(FORMATS)}."
+        raise typer.BadParameter(msg)
+    return text
+
+
+def bench(
+    model: options.ModelArgument,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "-p",
+            "--n-prompt",
+            metavar="N[,N]",
+            callback=_check_lengths,
+            help="Prompt lengths; 0 leaves this test out.",
+        ),
+    ] = "512",
+    gen: Annotated[
+        str,
+        typer.Option(
+            "-n",
+            "--n-gen",
+            metavar="N[,N]",
+            callback=_check_lengths,
+            help="Numbers of new tokens; 0 leaves this test out.",
+        ),
+    ] = "128",
+    repeats: Annotated[
+        int, typer.Option("-r", "--repeats", min=1, max=1000, help="Timed runs of each test.")
+    ] = 5,
+    depth: Annotated[
+        str,
+        typer.Option(
+            "-d",
+            "--depth",
+            metavar="N[,N]",
+            callback=_check_lengths,
+            help="Tokens that are in the cache already.",
+        ),
+    ] = "0",
+    threads: options.Threads = None,
+    output_format: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="table|md|csv|json|jsonl",
+            callback=_check_format,
+            help="Form of the results.",
+            show_default="table",
+        ),
+    ] = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure speed: pp512 is a prompt of 512 tokens, tg128 are 128 tokens one by one.
+
+    Every test runs once to warm up and is then timed -r times; the tokens are always the same ones.
+    The memory bandwidth is measured in the same minute and printed, since decoding is bound by it.
+    """
+    import nybble
+    from nybble.bench import bandwidth, measure, report, tests
+    from nybble.cli import output
+
+    if as_json and output_format not in (None, "json"):
+        msg = f"--json contradicts -o {output_format}."
+        raise typer.BadParameter(msg, param_hint="--json")
+    form = "json" if as_json else output_format or "table"
+    todo = tests(_lengths(prompt), _lengths(gen), _lengths(depth))
+    if not todo:
+        msg = "-p and -n are both 0: there is nothing to measure."
+        raise typer.BadParameter(msg, param_hint="-p")
+    language_model = nybble.load(options.open_path(model), threads)
+    used = language_model.info["threads"]
+    before = bandwidth(used)
+    with output.token_bar("bench", on=not quiet, unit="run") as bar:
+        records = measure(
+            language_model,
+            todo,
+            repeats=repeats,
+            on_step=lambda name, done, total: bar.update(done, total, name),
+        )
+    speed = max(before, bandwidth(used))
+    for record in records:
+        record["memory_bandwidth"] = speed
+    if form == "json":
+        output.emit_json({"results": records})
+    elif form == "csv":
+        sys.stdout.write(report.csv_text(records))
+    elif form == "jsonl":
+        sys.stdout.write(report.jsonl_text(records))
+    elif form == "md":
+        sys.stdout.write(report.markdown_text(_COLUMNS, [_cells(r) for r in records], {1, 2, 5}))
+        output.note(_surroundings(records[0]))
+    else:
+        output.show(_table(records))
+        output.note(_surroundings(records[0]))
+
+
+_COLUMNS = ("model", "size", "params", "weights", "kernel", "threads", "test", "tok/s")
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    from pathlib import Path
+
+    from nybble.cli import output
+
+    return [
+        f"{record['model_type']} {Path(record['model_filename']).name}",
+        output.size(record["model_size"]),
+        f"{record['model_n_params'] / 1e6:.1f} M",
+        record["weight_scheme"],
+        record["kernel"],
+        str(record["n_threads"]),
+        record["test"],
+        f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
+    ]
+
+
+def _table(records: list[dict[str, Any]]) -> "Table":
+    from nybble.cli import output
+
+    table = output.grid("", _COLUMNS, right=(1, 2, 5, 7))
+    for record in records:
+        output.add(table, *_cells(record))
+    return table
+
+
+def _surroundings(record: dict[str, Any]) -> str:
+    """Return the line that tells under which circumstances the figures were taken."""
+    from nybble.cli import output
+
+    return (
+        f"{record['build']} | {record['cpu_info']} | {record['isa']} | "
+        f"memory read at {record['memory_bandwidth'] / 1e9:.1f} GB/s with "
+        f"{record['n_threads']} thread{'s' if record['n_threads'] > 1 else ''} | "
+        f"peak memory {output.size(record['peak_rss'])}"
+    )

@@ -1,0 +1,236 @@
+//! One task: some rows (queries times heads) through all the keys they see.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
+use super::softmax::{Scores, Update};
+use super::{Attention, Call, KEYS, KvType, TASK_ROWS, Task, Work};
+use crate::cpu::Isa;
+
+/// A tier's versions of the loops in `softmax`.
+pub(super) trait SoftmaxTier: Tier {
+    fn cap(self, scores: &mut Scores, cap: f32);
+    fn slope(self, scores: &mut Scores, slope: f32, first: usize);
+    fn weigh(self, scores: &mut Scores, max: f32) -> Update;
+    fn scale(self, x: &mut [f32], by: f32);
+}
+
+/// Floats of scratch a task needs.
+pub(super) fn floats(head_dim: usize) -> usize {
+    let padded = head_dim.next_multiple_of(LANES);
+    TASK_ROWS * 2 * padded + MAX_ROWS * KEYS
+}
+
+impl<T: SoftmaxTier> Attention for T {
+    fn isa(&self) -> Isa {
+        T::ISA
+    }
+
+    unsafe fn run(&self, call: &Call<'_>, task: Task, work: &mut Work) {
+        // SAFETY: promised by the caller; each arm names the cache's own element.
+        unsafe {
+            match call.cache.kind() {
+                KvType::F32 => run::<T, f32>(*self, call, &task, work),
+                KvType::F16 => run::<T, f16>(*self, call, &task, work),
+            }
+        }
+    }
+}
+
+/// The running softmax of one row.
+#[derive(Clone, Copy)]
+struct Running {
+    max: f32,
+    sum: f32,
+}
+
+/// # Safety
+/// As [`Attention::run`], and `E` is the cache's element.
+unsafe fn run<T: SoftmaxTier, E: Element>(tier: T, call: &Call<'_>, task: &Task, work: &mut Work) {
+    let dim = call.shape.head_dim;
+    let padded = call.cache.padded_dim();
+    let heads = task.heads.len();
+    let rows = task.queries.len() * heads;
+    assert!(rows <= TASK_ROWS, "{rows} rows of a task");
+
+    let (queries, rest) = work.lines.elements_mut::<f32>().split_at_mut(TASK_ROWS * padded);
+    let (sums, scores) = rest.split_at_mut(TASK_ROWS * padded);
+    let scores = &mut scores.as_chunks_mut::<KEYS>().0[..MAX_ROWS];
+    let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; TASK_ROWS];
+    for row in 0..rows {
+        let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
+        let source = &call.q[query * call.q_stride + head * dim..][..dim];
+        let target = &mut queries[row * padded..][..dim];
+        target.copy_from_slice(source);
+        tier.scale(target, call.shape.scale);
+    }
+    sums[..rows * padded].fill(0.0);
+
+    let job = Job {
+        tier,
+        call,
+        keys: call.cache.keys::<E>(task.kv_head),
+        values: call.cache.values::<E>(task.kv_head),
+        dim,
+        padded,
+    };
+    // What the first query sees starts first, what the last one sees ends last.
+    let first = job.seen(task.queries.start).start;
+    let last = job.seen(task.queries.end - 1).end;
+    let blocks = rows.div_ceil(T::ROWS);
+    for start in (first / KEYS * KEYS..last).step_by(KEYS) {
+        for block in 0..blocks {
+            let part = rows * block / blocks..rows * (block + 1) / blocks;
+            let span = part.start * padded..part.end * padded;
+            let mut seen = [(0, 0); MAX_ROWS];
+            let mut slopes = [0.0; MAX_ROWS];
+            for ((row, seen), slope) in part.clone().zip(&mut seen).zip(&mut slopes) {
+                let all = job.seen(task.queries.start + row / heads);
+                *seen = (
+                    all.start.clamp(start, start + KEYS) - start,
+                    all.end.clamp(start, start + KEYS) - start,
+                );
+                *slope = call.shape.alibi.map_or(0.0, |slopes| slopes[task.heads.start + row % heads]);
+            }
+            let rows = Rows {
+                queries: &queries[span.clone()],
+                sums: &mut sums[span],
+                scores,
+                running: &mut running[part.clone()],
+                seen: &seen[..part.len()],
+                slopes: &slopes[..part.len()],
+            };
+            job.block(start, rows);
+        }
+    }
+
+    for row in 0..rows {
+        let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
+        // SAFETY: this query and head are this task's own.
+        let out = unsafe { call.out.row(query, head * dim, dim) };
+        out.copy_from_slice(&sums[row * padded..][..dim]);
+        tier.scale(out, 1.0 / running[row].sum);
+    }
+}
+
+/// What all rows of a task share.
+struct Job<'a, T, E> {
+    tier: T,
+    call: &'a Call<'a>,
+    keys: &'a [E],
+    values: &'a [E],
+    dim: usize,
+    padded: usize,
+}
+
+/// At most [`Tier::ROWS`] rows.
+struct Rows<'a> {
+    /// Scaled queries, `padded` apart.
+    queries: &'a [f32],
+    /// Weighted sums of values, `padded` apart.
+    sums: &'a mut [f32],
+    scores: &'a mut [Scores],
+    running: &'a mut [Running],
+    /// First key of the block that a row sees, and the first after those.
+    seen: &'a [(usize, usize)],
+    slopes: &'a [f32],
+}
+
+impl<T: SoftmaxTier, E: Element> Job<'_, T, E> {
+    /// The positions that query number `query` of the call sees.
+    fn seen(&self, query: usize) -> Range<usize> {
+        let end = self.call.past + query + 1;
+        self.call.shape.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// Takes the rows through the block of keys that begins at position `start`.
+    fn block(&self, start: usize, mut rows: Rows<'_>) {
+        let some = |&&(from, to): &&(usize, usize)| from < to;
+        let Some(from) = rows.seen.iter().filter(some).map(|seen| seen.0).min() else { return };
+        let to = rows.seen.iter().filter(some).map(|seen| seen.1).max().unwrap_or(from);
+        self.scores(start, from..to, &mut rows);
+        let Rows { sums, scores, running, seen, slopes, .. } = rows;
+        for (i, &(from, to)) in seen.iter().enumerate() {
+            if from == to {
+                continue;
+            }
+            let scores = &mut scores[i];
+            if let Some(cap) = self.call.shape.softcap {
+                self.tier.cap(scores, cap);
+            }
+            if self.call.shape.alibi.is_some() {
+                self.tier.slope(scores, slopes[i], start);
+            }
+            scores[..from].fill(f32::NEG_INFINITY);
+            scores[to..].fill(f32::NEG_INFINITY);
+            let update = self.tier.weigh(scores, running[i].max);
+            running[i] = Running { max: update.max, sum: running[i].sum * update.fade + update.sum };
+            // Exactly 1 as long as the largest score stays: then there is nothing to do.
+            if update.fade.to_bits() != 1.0f32.to_bits() {
+                self.tier.scale(&mut sums[i * self.padded..][..self.padded], update.fade);
+            }
+        }
+        // Rows that see the same keys share the loads of the values; at the diagonal and at a window's edge each row has
+        // its own range.
+        if seen.iter().all(|other| *other == seen[0]) {
+            self.values(start, seen[0], scores, sums);
+        } else {
+            for (i, &seen) in seen.iter().enumerate() {
+                if seen.0 < seen.1 {
+                    let own = i * self.padded..(i + 1) * self.padded;
+                    self.values(start, seen, &scores[i..=i], &mut sums[own]);
+                }
+            }
+        }
+    }
+
+    /// Scores of all rows with the block's keys `seen`, and with the neighbours that share their 16 lanes.
+    fn scores(&self, start: usize, seen: Range<usize>, rows: &mut Rows<'_>) {
+        let tiles = seen.start / LANES..seen.end.div_ceil(LANES);
+        let keys =
+            &self.keys[(start + tiles.start * LANES) * self.dim..(start + tiles.end * LANES) * self.dim];
+        let count = rows.seen.len();
+        assert!(rows.queries.len() >= count * self.padded && rows.scores.len() >= count, "rows of a panel");
+        let mut y = [std::ptr::null_mut(); MAX_ROWS];
+        for (y, scores) in y.iter_mut().zip(&mut rows.scores[..count]) {
+            *y = scores[tiles.start * LANES..].as_mut_ptr();
+        }
+        let panel = Panel {
+            x: rows.queries.as_ptr(),
+            x_stride: self.padded,
+            w: keys.as_ptr(),
+            w_step: LANES,
+            w_tile: self.dim * LANES,
+            depth: self.dim,
+            y,
+            fresh: true,
+        };
+        // SAFETY: the slices above hold these rows, tiles and depth.
+        unsafe { self.tier.panel(&panel, count, tiles.len()) }
+    }
+
+    /// Adds the values of the block's positions `from..to`, weighted by `scores`, to as many rows of `sums`.
+    fn values(&self, start: usize, (from, to): (usize, usize), scores: &[Scores], sums: &mut [f32]) {
+        let values = &self.values[(start + from) * self.padded..(start + to) * self.padded];
+        let count = sums.len() / self.padded;
+        assert!(scores.len() >= count, "rows of a panel");
+        let mut y = [std::ptr::null_mut(); MAX_ROWS];
+        for (y, sums) in y.iter_mut().zip(sums.chunks_exact_mut(self.padded)) {
+            *y = sums.as_mut_ptr();
+        }
+        let panel = Panel {
+            x: scores.as_flattened()[from..].as_ptr(),
+            x_stride: KEYS,
+            w: values.as_ptr(),
+            w_step: self.padded,
+            w_tile: LANES,
+            depth: to - from,
+            y,
+            fresh: false,
+        };
+        // SAFETY: the slices above hold these rows, depth and dimensions.
+        unsafe { self.tier.panel(&panel, count, self.padded / LANES) }
+    }
+}

@@ -1,0 +1,415 @@
+//! The keys and values of one layer.
+//!
+//! Both are stored the way attention reads them, so that no kernel ever adds across lanes or transposes:
+//!
+//! - keys as `[kv head][position / 16][dimension][16 positions]`: a query meets 16 keys at once, one dimension a step;
+//! - values as `[kv head][position][dimensions padded to 16]`: 16 dimensions of an output at once, one position a step.
+//!
+//! A new token's key is scattered over lines that the same token's attention then reads anyway.
+//!
+//! The memory doubles as the sequence grows, up to a limit. Memory that cannot be had is an error, and the cache then holds
+//! what it held before.
+
+use half::f16;
+
+use super::super::f32::lanes::{Element, LANES};
+use crate::error::{Error, Result};
+use crate::threads::Pool;
+
+/// Positions the memory grows by at least, and of which it always holds a multiple.
+const STEP: usize = 64;
+
+/// Appended elements from which several threads are worth waking.
+const PARALLEL: usize = 1 << 15;
+
+/// Number type of a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvType {
+    /// 32 bits an element, exact.
+    F32,
+    /// 16 bits an element: half the memory and traffic. Finite values beyond its range become its largest.
+    F16,
+}
+
+impl KvType {
+    /// The name used in settings and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        }
+    }
+}
+
+/// One cache line; a vector of them is aligned to its size.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line([u8; 64]);
+
+/// Zeroed lines, aligned to 64 bytes.
+#[derive(Default)]
+pub(super) struct Lines(Vec<Line>);
+
+impl Lines {
+    /// Room for `elements` of `size` bytes, a whole number of lines.
+    pub(super) fn new(what: &str, elements: usize, size: usize) -> Result<Self> {
+        let refused = || {
+            Error::argument(what, format!("memory for {elements} elements of {size} bytes"), "out of memory")
+        };
+        let lines = elements.checked_mul(size).ok_or_else(refused)?.div_ceil(size_of::<Line>());
+        let mut data = Vec::new();
+        data.try_reserve_exact(lines).map_err(|_| refused())?;
+        data.resize(lines, Line([0; 64]));
+        Ok(Self(data))
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0.len() * size_of::<Line>()
+    }
+
+    pub(super) fn elements<E: Element>(&self) -> &[E] {
+        // SAFETY: lines are initialised bytes, every bit pattern is an element, and a line's alignment exceeds an element's.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.bytes() / size_of::<E>()) }
+    }
+
+    pub(super) fn elements_mut<E: Element>(&mut self) -> &mut [E] {
+        // SAFETY: as in `elements`, and every element's bytes are valid lines' bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.bytes() / size_of::<E>()) }
+    }
+}
+
+/// The keys and values of one layer, for all positions so far.
+pub struct KvCache {
+    kv_heads: usize,
+    head_dim: usize,
+    kind: KvType,
+    len: usize,
+    capacity: usize,
+    limit: usize,
+    keys: Lines,
+    values: Lines,
+}
+
+impl std::fmt::Debug for KvCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KvCache")
+            .field("kv_heads", &self.kv_heads)
+            .field("head_dim", &self.head_dim)
+            .field("kind", &self.kind)
+            .field("len", &self.len)
+            .field("capacity", &self.capacity)
+            .finish_non_exhaustive()
+    }
+}
+
+impl KvCache {
+    /// An empty cache; it takes memory when the first positions are appended.
+    pub fn new(kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
+        Self {
+            kv_heads,
+            head_dim,
+            kind,
+            len: 0,
+            capacity: 0,
+            limit: usize::MAX,
+            keys: Lines::default(),
+            values: Lines::default(),
+        }
+    }
+
+    /// The same cache, but it never holds more than `positions`.
+    #[must_use]
+    pub fn with_limit(mut self, positions: usize) -> Self {
+        self.limit = positions;
+        self
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no position is held.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Positions there is memory for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Bytes of memory held.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+
+    /// Number type of the elements.
+    pub fn kind(&self) -> KvType {
+        self.kind
+    }
+
+    /// Heads of keys and values.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Elements of one head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Forgets all positions from `len` on. The memory stays.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Makes sure that `positions` fit without further allocation.
+    pub fn reserve(&mut self, positions: usize) -> Result<()> {
+        if positions > self.limit {
+            return Err(Error::Context { tokens: positions, limit: self.limit });
+        }
+        if positions <= self.capacity {
+            return Ok(());
+        }
+        let doubled = self.capacity.saturating_mul(2).min(self.limit);
+        let capacity = positions.max(doubled).checked_next_multiple_of(STEP).unwrap_or(usize::MAX);
+        let elements = |dim: usize| {
+            let product = self.kv_heads.checked_mul(dim).and_then(|row| row.checked_mul(capacity));
+            product.ok_or_else(|| {
+                let wanted = format!("{} heads of {} for {capacity} positions", self.kv_heads, self.head_dim);
+                Error::argument("KV cache", "a size that can be addressed", wanted)
+            })
+        };
+        let mut keys = Lines::new("KV cache", elements(self.head_dim)?, self.kind.bytes())?;
+        let mut values = Lines::new("KV cache", elements(self.padded_dim())?, self.kind.bytes())?;
+        if self.capacity > 0 {
+            let key_run = self.len.next_multiple_of(LANES) * self.head_dim;
+            let value_run = self.len * self.padded_dim();
+            let factor = (self.capacity, capacity);
+            match self.kind {
+                KvType::F32 => {
+                    respace::<f32>(&self.keys, &mut keys, self.head_dim, factor, key_run);
+                    respace::<f32>(&self.values, &mut values, self.padded_dim(), factor, value_run);
+                }
+                KvType::F16 => {
+                    respace::<f16>(&self.keys, &mut keys, self.head_dim, factor, key_run);
+                    respace::<f16>(&self.values, &mut values, self.padded_dim(), factor, value_run);
+                }
+            }
+        }
+        (self.keys, self.values, self.capacity) = (keys, values, capacity);
+        Ok(())
+    }
+
+    /// Appends `n` positions: head `h` of position `i` starts at `i * stride + h * head_dim` of `k` and of `v`.
+    pub fn append(&mut self, pool: &Pool, k: &[f32], v: &[f32], n: usize, stride: usize) -> Result<()> {
+        if n == 0 {
+            return Ok(());
+        }
+        let width = self.kv_heads * self.head_dim;
+        let needed = (n - 1).checked_mul(stride).and_then(|last| last.checked_add(width));
+        if stride < width || needed.is_none_or(|needed| k.len() < needed || v.len() < needed) {
+            return Err(Error::argument(
+                "keys and values",
+                format!("{n} rows of {width}, {stride} apart"),
+                format!("{} and {} values", k.len(), v.len()),
+            ));
+        }
+        let end = self.len.checked_add(n).ok_or(Error::Context { tokens: usize::MAX, limit: self.limit })?;
+        self.reserve(end)?;
+        if width > 0 {
+            match self.kind {
+                KvType::F32 => self.write::<f32>(pool, k, v, n, stride, |x| x),
+                KvType::F16 => self.write::<f16>(pool, k, v, n, stride, narrow),
+            }
+        }
+        self.len = end;
+        Ok(())
+    }
+
+    /// Stores `n` positions after the last one; there is room for them.
+    fn write<E: Element>(
+        &mut self,
+        pool: &Pool,
+        k: &[f32],
+        v: &[f32],
+        n: usize,
+        stride: usize,
+        convert: impl Fn(f32) -> E + Sync,
+    ) {
+        let (dim, padded, len) = (self.head_dim, self.padded_dim(), self.len);
+        let written = n * dim * self.kv_heads;
+        let key_head = |head: usize, keys: &mut [E]| {
+            for i in 0..n {
+                let source = &k[i * stride + head * dim..][..dim];
+                let position = len + i;
+                let block = &mut keys[position / LANES * LANES * dim..][..LANES * dim];
+                for (lanes, &x) in block.chunks_exact_mut(LANES).zip(source) {
+                    lanes[position % LANES] = convert(x);
+                }
+            }
+        };
+        let value_head = |head: usize, values: &mut [E]| {
+            for i in 0..n {
+                let source = &v[i * stride + head * dim..][..dim];
+                for (value, &x) in values[(len + i) * padded..].iter_mut().zip(source) {
+                    *value = convert(x);
+                }
+            }
+        };
+        each_head(pool, written, self.keys.elements_mut(), self.capacity * dim, &key_head);
+        each_head(pool, written, self.values.elements_mut(), self.capacity * padded, &value_head);
+    }
+
+    /// Elements between two positions of the values.
+    pub(super) fn padded_dim(&self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    /// The keys of one head.
+    pub(super) fn keys<E: Element>(&self, head: usize) -> &[E] {
+        let size = self.capacity * self.head_dim;
+        &self.keys.elements()[head * size..][..size]
+    }
+
+    /// The values of one head.
+    pub(super) fn values<E: Element>(&self, head: usize) -> &[E] {
+        let size = self.capacity * self.padded_dim();
+        &self.values.elements()[head * size..][..size]
+    }
+}
+
+/// Calls `job` with every head's part of `data`, each of `size` elements, on several threads when there is much to write.
+fn each_head<E: Element>(
+    pool: &Pool,
+    written: usize,
+    data: &mut [E],
+    size: usize,
+    job: &(dyn Fn(usize, &mut [E]) + Sync),
+) {
+    let run = |first: usize, part: &mut [E]| {
+        for (head, part) in (first..).zip(part.chunks_exact_mut(size)) {
+            job(head, part);
+        }
+    };
+    if written < PARALLEL {
+        run(0, data);
+    } else {
+        pool.split_rows(data, size, &run);
+    }
+}
+
+/// Copies the first `run` elements of every head, whose heads are `dim` times old and new capacity apart.
+fn respace<E: Element>(old: &Lines, new: &mut Lines, dim: usize, (from, to): (usize, usize), run: usize) {
+    if dim == 0 {
+        return;
+    }
+    let heads = old.elements::<E>().chunks_exact(from * dim);
+    for (old, new) in heads.zip(new.elements_mut::<E>().chunks_exact_mut(to * dim)) {
+        new[..run].copy_from_slice(&old[..run]);
+    }
+}
+
+/// The nearest half float; a finite number beyond the range becomes the largest one, not infinity, which would turn a
+/// whole head's output into NaN.
+fn narrow(x: f32) -> f16 {
+    const MAX: f32 = 65504.0;
+    f16::from_f32(if x.is_finite() { x.clamp(-MAX, MAX) } else { x })
+}
+
+#[cfg(test)]
+#[allow(clippy::float_cmp)] // exact results are what is asked for
+mod tests {
+    use super::*;
+
+    fn element(cache: &KvCache, head: usize, position: usize, d: usize) -> (f32, f32) {
+        let key = (position / LANES * cache.head_dim + d) * LANES + position % LANES;
+        let value = position * cache.padded_dim() + d;
+        match cache.kind {
+            KvType::F32 => (cache.keys::<f32>(head)[key], cache.values::<f32>(head)[value]),
+            KvType::F16 => (cache.keys::<f16>(head)[key].to_f32(), cache.values::<f16>(head)[value].to_f32()),
+        }
+    }
+
+    #[test]
+    fn positions_survive_growth_and_truncation() {
+        for threads in [1, 3] {
+            let pool = Pool::new(threads).expect("a pool");
+            for kind in [KvType::F32, KvType::F16] {
+                for (heads, dim) in [(1, 16), (3, 8), (2, 80)] {
+                    let mut cache = KvCache::new(heads, dim, kind);
+                    assert_eq!((cache.len(), cache.bytes(), cache.is_empty()), (0, 0, true));
+                    let stride = 2 * heads * dim;
+                    // Integers up to 2048 are exact in both types.
+                    let value = |i: usize, at: usize| ((i * 31 + at * 7) % 2048) as f32;
+                    let mut at = 0;
+                    for n in [1, 0, 15, 2, 200, 1] {
+                        let rows: Vec<f32> =
+                            (0..n * stride).map(|j| value(at + j / stride, j % stride)).collect();
+                        let v = rows.get(heads * dim..).unwrap_or(&[]);
+                        cache.append(&pool, &rows, v, n, stride).expect("room");
+                        at += n;
+                    }
+                    cache.truncate(300);
+                    assert_eq!((cache.len(), cache.capacity() % STEP), (219, 0));
+                    let check = |cache: &KvCache, len: usize| {
+                        for i in 0..len {
+                            for h in 0..heads {
+                                for d in 0..dim {
+                                    let expected = (value(i, h * dim + d), value(i, (heads + h) * dim + d));
+                                    assert_eq!(element(cache, h, i, d), expected, "{i} {h} {d}");
+                                }
+                            }
+                        }
+                    };
+                    check(&cache, 219);
+                    cache.truncate(100);
+                    let zeros = vec![0.0; heads * dim];
+                    cache.append(&pool, &zeros, &zeros, 1, heads * dim).expect("room");
+                    check(&cache, 100);
+                    assert_eq!((cache.len(), element(&cache, 0, 100, 0)), (101, (0.0, 0.0)));
+                    assert_eq!(
+                        cache.bytes(),
+                        cache.capacity() * heads * (dim + cache.padded_dim()) * kind.bytes()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_limit_and_the_memory_are_errors() {
+        let pool = Pool::new(1).expect("a pool");
+        let mut cache = KvCache::new(2, 8, KvType::F32).with_limit(70);
+        let data = vec![0.0; 71 * 16];
+        assert!(cache.append(&pool, &data, &data, 70, 16).is_ok());
+        let error = cache.append(&pool, &data, &data, 1, 16).expect_err("too many");
+        assert!(matches!(error, Error::Context { tokens: 71, limit: 70 }));
+        assert_eq!(cache.len(), 70);
+        assert!(cache.append(&pool, &data, &data[..15], 1, 16).is_err());
+        assert!(cache.append(&pool, &data, &data, 2, 15).is_err());
+
+        let mut huge = KvCache::new(8, 128, KvType::F16);
+        for positions in [1 << 45, 1 << 55, usize::MAX] {
+            assert!(matches!(huge.reserve(positions), Err(Error::Argument { .. })), "{positions}");
+        }
+        assert_eq!((huge.len(), huge.capacity()), (0, 0));
+        assert!(huge.reserve(1).is_ok());
+    }
+
+    #[test]
+    fn large_finite_values_stay_finite_in_half_precision() {
+        assert_eq!(narrow(1e30).to_f32(), 65504.0);
+        assert_eq!(narrow(-1e30).to_f32(), -65504.0);
+        assert!(narrow(f32::INFINITY).is_infinite() && narrow(f32::NAN).is_nan());
+    }
+}

@@ -1,0 +1,331 @@
+//! Causal attention over a KV cache, for one new token and for many.
+//!
+//! Scores of a query with all keys are never stored. Keys are taken in blocks of [`KEYS`] positions, and a running softmax
+//! keeps the largest score so far, the sum of weights and the weighted sum of values; a block with a larger score fades what
+//! was summed before (Milakov and Gimelshein, "Online normalizer calculation for softmax"; blocks as in `FlashAttention`,
+//! arXiv 2205.14135).
+//!
+//! Block boundaries are multiples of [`KEYS`] counted from position 0, and the arithmetic of one query and head depends on
+//! nothing but its own position and the cache. So a token's output has the same bits whether it is computed alone, with 200
+//! others, in chunks, or on any number of threads; speculation relies on that.
+//!
+//! Both products, query with keys and weights with values, are the panel loop of [`super::f32`]. Rows of a panel are the
+//! queries of a block *and* the heads that share keys, so grouped heads load each key once. A row's sums run over exactly
+//! the keys it sees: what a position must not see is never read for it, not even multiplied by 0.
+
+mod block;
+mod cache;
+mod softmax;
+
+/// The loops of `softmax` for one tier.
+macro_rules! tier {
+    ($token:ty) => {
+        impl SoftmaxTier for $token {
+            tier! { each;
+                fn cap(scores: &mut Scores, cap: f32);
+                fn slope(scores: &mut Scores, slope: f32, first: usize);
+                fn weigh(scores: &mut Scores, max: f32) -> Update;
+                fn scale(x: &mut [f32], by: f32);
+            }
+        }
+    };
+    ($token:ty, $features:literal) => {
+        impl SoftmaxTier for $token {
+            tier! { each $features;
+                fn cap(scores: &mut Scores, cap: f32);
+                fn slope(scores: &mut Scores, slope: f32, first: usize);
+                fn weigh(scores: &mut Scores, max: f32) -> Update;
+                fn scale(x: &mut [f32], by: f32);
+            }
+        }
+    };
+    (each; $(fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?;)+) => {
+        $(
+            fn $name(self, $($arg: $ty),*) $(-> $out)? {
+                softmax::$name($($arg),*)
+            }
+        )+
+    };
+    (each $features:literal; $(fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?;)+) => {
+        $(
+            fn $name(self, $($arg: $ty),*) $(-> $out)? {
+                #[target_feature(enable = $features)]
+                fn go($($arg: $ty),*) $(-> $out)? {
+                    softmax::$name($($arg),*)
+                }
+                // SAFETY: `self` is the proof that the instructions are there.
+                unsafe { go($($arg),*) }
+            }
+        )+
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
+mod scalar;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+pub use cache::{KvCache, KvType};
+
+use super::Columns;
+use super::elementwise::tiers::listed;
+use crate::cpu::Isa;
+use crate::error::{Error, Result};
+use crate::threads::Pool;
+use cache::Lines;
+
+/// Keys of a block.
+const KEYS: usize = 64;
+
+/// Queries times heads that one task takes through the keys together: a multiple of every tier's rows. Their queries, sums
+/// and a block of keys and values stay in the second-level cache.
+const TASK_ROWS: usize = 60;
+
+/// Tasks a thread should have to choose from, so that the last one to finish does not keep the others waiting.
+const TASKS_PER_THREAD: usize = 4;
+
+/// How the heads of a layer attend.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape<'a> {
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values; `heads / kv_heads` neighbouring heads share one.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Factor of every score, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// A query at `i` sees the key at `j <= i` only if `i - j` is less than this.
+    pub window: Option<usize>,
+    /// `ALiBi`: a slope for every head. The key at `j` has `slope * j` added to its score, which differs from
+    /// `slope * (j - i)` by a constant that the softmax removes.
+    pub alibi: Option<&'a [f32]>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+}
+
+/// Attention of one tier.
+pub trait Attention: Sync {
+    /// The tier.
+    fn isa(&self) -> Isa;
+
+    /// Computes one task of a call of [`attend`].
+    ///
+    /// # Safety
+    /// No other thread may access the task's rows and heads of the output during the call.
+    unsafe fn run(&self, call: &Call<'_>, task: Task, work: &mut Work);
+}
+
+/// The checked arguments of one call of [`attend`].
+#[derive(Clone, Copy)]
+pub struct Call<'a> {
+    shape: Shape<'a>,
+    cache: &'a KvCache,
+    q: &'a [f32],
+    q_stride: usize,
+    /// Positions before the first query.
+    past: usize,
+    out: Columns<'a>,
+}
+
+impl std::fmt::Debug for Call<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Call").field("shape", &self.shape).field("past", &self.past).finish_non_exhaustive()
+    }
+}
+
+/// A part of the work: some queries with some heads that share a key head.
+#[derive(Debug, Clone)]
+pub struct Task {
+    kv_head: usize,
+    heads: Range<usize>,
+    queries: Range<usize>,
+}
+
+/// Memory of [`attend`], kept between calls so that only the first ones allocate.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// One a thread; never contended.
+    workers: Vec<Mutex<Work>>,
+}
+
+impl Scratch {
+    /// Empty scratch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Bytes of memory held.
+    pub fn bytes(&self) -> usize {
+        self.workers.iter().map(|work| lock(work).lines.bytes()).sum()
+    }
+
+    fn grow(&mut self, threads: usize, floats: usize) -> Result<()> {
+        self.workers.resize_with(self.workers.len().max(threads), Mutex::default);
+        for work in &mut self.workers[..threads] {
+            let work = work.get_mut().unwrap_or_else(PoisonError::into_inner);
+            if work.lines.bytes() < floats * size_of::<f32>() {
+                work.lines = Lines::new("attention scratch", floats, size_of::<f32>())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One thread's memory.
+#[derive(Default)]
+pub struct Work {
+    lines: Lines,
+}
+
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Work").field("bytes", &self.lines.bytes()).finish()
+    }
+}
+
+fn lock(work: &Mutex<Work>) -> std::sync::MutexGuard<'_, Work> {
+    work.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All kernels this CPU and `NYBBLE_ISA` allow, lowest tier first.
+pub fn kernels() -> Vec<&'static dyn Attention> {
+    listed!(dyn Attention)
+}
+
+/// Attention of the last `n` positions of `cache`, whose queries are `q`; head `h` of query `i` starts at
+/// `i * q_stride + h * head_dim`. `out` is `[n, heads * head_dim]`.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is one thing, and a struct of them would be built for every call"
+)]
+pub fn attend(
+    pool: &Pool,
+    kernel: &dyn Attention,
+    shape: &Shape<'_>,
+    cache: &KvCache,
+    q: &[f32],
+    q_stride: usize,
+    n: usize,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<()> {
+    let width = check(shape, cache, q, q_stride, n, out)?;
+    if n == 0 || width == 0 {
+        return Ok(());
+    }
+    let group = shape.heads / shape.kv_heads;
+    let (heads, queries) = task_size(pool.threads(), shape.kv_heads, group, n);
+    let pieces = group.div_ceil(heads);
+    let blocks = n.div_ceil(queries);
+    let tasks = blocks * shape.kv_heads * pieces;
+    let threads = pool.threads().min(tasks);
+    scratch.grow(threads, block::floats(shape.head_dim))?;
+    let call = Call {
+        shape: *shape,
+        cache,
+        q,
+        q_stride,
+        past: cache.len() - n,
+        out: Columns::new(out, n, width, 0, width),
+    };
+    // The last queries see the most keys. Starting with them, and giving each thread the next task when it is ready for it,
+    // keeps all threads busy to the end; which thread computes a task does not change it.
+    let next = AtomicUsize::new(0);
+    let work_off = |worker: usize| {
+        let mut work = lock(&scratch.workers[worker]);
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= tasks {
+                break;
+            }
+            let (block, part) =
+                (blocks - 1 - index / (shape.kv_heads * pieces), index % (shape.kv_heads * pieces));
+            let (kv_head, piece) = (part / pieces, part % pieces);
+            let task = Task {
+                kv_head,
+                heads: kv_head * group + piece * heads..kv_head * group + group.min((piece + 1) * heads),
+                queries: block * queries..n.min((block + 1) * queries),
+            };
+            // SAFETY: no two indices share both a query and a head.
+            unsafe { kernel.run(&call, task, &mut work) }
+        }
+    };
+    if threads == 1 {
+        work_off(0);
+    } else {
+        pool.run(&|worker| {
+            if worker < threads {
+                work_off(worker);
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Heads and queries of a task.
+fn task_size(threads: usize, kv_heads: usize, group: usize, n: usize) -> (usize, usize) {
+    let wanted = if threads == 1 { 1 } else { threads * TASKS_PER_THREAD };
+    let heads = group.min(TASK_ROWS);
+    let queries = (TASK_ROWS / heads).min(n);
+    // Too few tasks, as in decode: heads are taken apart, though they then load their shared keys more than once.
+    let tasks = kv_heads * n.div_ceil(queries) * group.div_ceil(heads);
+    let heads = if tasks < wanted { heads.div_ceil(wanted.div_ceil(tasks)) } else { heads };
+    (heads, queries)
+}
+
+/// Checks the arguments of [`attend`] and returns the width of a row of the output.
+fn check(
+    shape: &Shape<'_>,
+    cache: &KvCache,
+    q: &[f32],
+    q_stride: usize,
+    n: usize,
+    out: &[f32],
+) -> Result<usize> {
+    let wrong = |name: &str, expected: String, found: String| Err(Error::argument(name, expected, found));
+    let Shape { heads, kv_heads, head_dim, .. } = *shape;
+    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return wrong("heads", format!("a multiple of {kv_heads}"), heads.to_string());
+    }
+    if (kv_heads, head_dim) != (cache.kv_heads(), cache.head_dim()) {
+        let found = format!("{} heads of {}", cache.kv_heads(), cache.head_dim());
+        return wrong("KV cache", format!("{kv_heads} heads of {head_dim}"), found);
+    }
+    if n > cache.len() {
+        return wrong(
+            "queries",
+            format!("at most the {} positions of the cache", cache.len()),
+            n.to_string(),
+        );
+    }
+    if let Some(alibi) = shape.alibi
+        && alibi.len() != heads
+    {
+        return wrong("ALiBi slopes", format!("{heads} slopes"), alibi.len().to_string());
+    }
+    if shape.window == Some(0) {
+        return wrong("window", "at least 1".into(), "0".into());
+    }
+    if let Some(cap) = shape.softcap
+        && (cap.is_nan() || cap <= 0.0)
+    {
+        return wrong("softcap", "a positive number".into(), cap.to_string());
+    }
+    let width = heads.checked_mul(head_dim).ok_or_else(|| {
+        Error::argument("heads", "a row that can be addressed", format!("{heads} x {head_dim}"))
+    })?;
+    let needed = n.saturating_sub(1).checked_mul(q_stride).and_then(|last| last.checked_add(width));
+    if n > 0 && needed.is_none_or(|needed| q.len() < needed) {
+        return wrong("queries", format!("{n} rows of {width}, {q_stride} apart"), q.len().to_string());
+    }
+    if n.checked_mul(width) != Some(out.len()) {
+        return wrong("attention output", format!("{n} x {width} values"), out.len().to_string());
+    }
+    Ok(width)
+}

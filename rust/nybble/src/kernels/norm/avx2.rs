@@ -1,0 +1,6 @@
+//! Norms compiled for AVX2.
+
+use super::{Norm, loops};
+use crate::cpu::{Avx2, Isa};
+
+tier!(Avx2, Isa::Avx2, "avx2,fma,f16c");

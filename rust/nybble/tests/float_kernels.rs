@@ -1,0 +1,561 @@
+//! Every float kernel of every tier against `scalar` (the same bits) and against a plain computation in double precision.
+//!
+//! One test an operation and tier, with both in its name, so that `cargo test avx512` picks a tier's tests. A tier this CPU
+//! does not have is reported as skipped.
+
+#![allow(clippy::float_cmp)] // the same bits are what is asked for
+#![allow(clippy::redundant_closure_for_method_calls)] // the method's own path is longer
+
+use half::f16;
+use nybble::cpu::Isa;
+use nybble::kernels::attention::{self, Attention, KvCache, KvType, Scratch, Shape, attend};
+use nybble::kernels::{Columns, elementwise, f32 as matmul, float_matmul, norm, rope};
+use nybble::pack::{IntSource, Layout, Packed};
+use nybble::threads::Pool;
+
+macro_rules! tests {
+    ($($name:ident => $check:ident($isa:ident);)+) => {
+        $(
+            #[test]
+            fn $name() {
+                if Isa::$isa.allowed() {
+                    $check(Isa::$isa);
+                } else {
+                    eprintln!("skipped: this CPU (or NYBBLE_ISA) does not allow {}", Isa::$isa.name());
+                }
+            }
+        )+
+    };
+}
+
+tests! {
+    f32_scalar => check_f32(Scalar);
+    f32_avx2 => check_f32(Avx2);
+    f32_avx512vnni => check_f32(Avx512Vnni);
+    attention_scalar => check_attention(Scalar);
+    attention_avx2 => check_attention(Avx2);
+    attention_avx512vnni => check_attention(Avx512Vnni);
+    attention_chunks_scalar => check_chunks(Scalar);
+    attention_chunks_avx2 => check_chunks(Avx2);
+    attention_chunks_avx512vnni => check_chunks(Avx512Vnni);
+    attention_non_finite_scalar => check_non_finite(Scalar);
+    attention_non_finite_avx2 => check_non_finite(Avx2);
+    attention_non_finite_avx512vnni => check_non_finite(Avx512Vnni);
+    norm_scalar => check_norm(Scalar);
+    norm_avx2 => check_norm(Avx2);
+    norm_avx512vnni => check_norm(Avx512Vnni);
+    rope_scalar => check_rope(Scalar);
+    rope_avx2 => check_rope(Avx2);
+    rope_avx512vnni => check_rope(Avx512Vnni);
+    elementwise_scalar => check_elementwise(Scalar);
+    elementwise_avx2 => check_elementwise(Avx2);
+    elementwise_avx512vnni => check_elementwise(Avx512Vnni);
+}
+
+/// The kernel of tier `isa` and the scalar one.
+fn pair<T: ?Sized>(list: &[&'static T], isa_of: impl Fn(&T) -> Isa, isa: Isa) -> (&'static T, &'static T) {
+    let find = |isa| list.iter().copied().find(|kernel| isa_of(kernel) == isa);
+    (find(isa).expect("an allowed tier is listed"), find(Isa::Scalar).expect("scalar is listed"))
+}
+
+fn pool(threads: usize) -> Pool {
+    Pool::new(threads).expect("a pool")
+}
+
+/// Reproducible numbers in -1..1.
+struct Numbers(u64);
+
+impl Numbers {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+
+    fn next(&mut self) -> f32 {
+        self.bits() as f32 / (1u64 << 30) as f32 - 1.0
+    }
+
+    fn take(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+}
+
+#[track_caller]
+fn assert_same_bits(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        assert!(
+            f.to_bits() == e.to_bits() || (f.is_nan() && e.is_nan()),
+            "{what}: element {i} is {f}, not {e}"
+        );
+    }
+}
+
+/// A matrix of every layout.
+fn matrices(rows: usize, cols: usize, numbers: &mut Numbers) -> Vec<Packed> {
+    let pool = pool(2);
+    let data = numbers.take(rows * cols);
+    let half: Vec<u16> = data.iter().map(|&x| f16::from_f32(x).to_bits()).collect();
+    let brain: Vec<u16> = data.iter().map(|&x| (x.to_bits() >> 16) as u16).collect();
+    let mut list = vec![
+        Packed::from_f32(rows, cols, &data, &pool).expect("packs"),
+        Packed::from_half(rows, cols, &half, Layout::F16, &pool).expect("packs"),
+        Packed::from_half(rows, cols, &brain, Layout::Bf16, &pool).expect("packs"),
+    ];
+    for (bits, group, asymmetric) in [(4, 32, false), (4, cols, true), (8, 64, true), (8, cols, false)] {
+        if rows == 0 || cols == 0 {
+            continue;
+        }
+        let row_bytes = (cols * bits as usize).div_ceil(32) * 4;
+        let groups = if group >= cols { 1 } else { cols.div_ceil(group) };
+        let codes: Vec<u8> = (0..rows * row_bytes).map(|_| numbers.bits() as u8).collect();
+        let scales: Vec<f32> =
+            (0..rows * groups).map(|_| f16::from_f32(numbers.next().abs() * 0.1).to_f32()).collect();
+        let zeros: Vec<u8> =
+            (0..rows * groups).map(|_| numbers.bits() as u8 & ((1 << bits) - 1) as u8).collect();
+        let source = IntSource {
+            name: "w",
+            rows,
+            cols,
+            bits,
+            group,
+            codes: &codes,
+            row_bytes,
+            scales: &scales,
+            zeros: asymmetric.then_some(&zeros),
+            row_map: None,
+        };
+        list.push(Packed::from_int(&source, &pool).expect("packs"));
+    }
+    list
+}
+
+fn multiply(
+    threads: usize,
+    kernel: &dyn matmul::FloatMatmul,
+    w: &Packed,
+    x: &[f32],
+    rows: usize,
+) -> Vec<f32> {
+    // A wider output with a margin on both sides shows writes outside the columns.
+    let stride = w.rows() + 5;
+    let mut y = vec![7.0; rows * stride];
+    float_matmul(&pool(threads), kernel, w, x, Columns::new(&mut y, rows, stride, 2, w.rows()))
+        .expect("multiplies");
+    let mut out = Vec::new();
+    for row in y.chunks_exact(stride) {
+        assert!(row[..2].iter().chain(&row[2 + w.rows()..]).all(|&margin| margin == 7.0));
+        out.extend_from_slice(&row[2..2 + w.rows()]);
+    }
+    out
+}
+
+fn check_f32(isa: Isa) {
+    let (kernel, scalar) = pair(&matmul::kernels(), |k| k.isa(), isa);
+    let mut numbers = Numbers(1);
+    for cols in [0, 1, 3, 31, 33, 100, 257, 600] {
+        for outputs in [0, 1, 15, 16, 17, 50, 97] {
+            for w in matrices(outputs, cols, &mut numbers) {
+                for rows in [0, 1, 2, 5, 17] {
+                    let x = numbers.take(rows * cols);
+                    let what = format!("{} {outputs} x {cols}, {rows} rows", w.layout().name());
+                    let y = multiply(1, kernel, &w, &x, rows);
+                    assert_same_bits(&y, &multiply(3, kernel, &w, &x, rows), &what);
+                    if isa == Isa::Scalar {
+                        compare_with_double(&w, &x, rows, &y, &what);
+                    } else {
+                        assert_same_bits(&y, &multiply(1, scalar, &w, &x, rows), &what);
+                    }
+                    for row in 0..if outputs > 0 { rows } else { 0 } {
+                        let alone = multiply(1, kernel, &w, &x[row * cols..(row + 1) * cols], 1);
+                        assert_same_bits(&alone, &y[row * outputs..(row + 1) * outputs], &what);
+                    }
+                }
+            }
+        }
+    }
+    let w = &matrices(16, 40, &mut numbers)[0];
+    let mut x = numbers.take(40);
+    (x[3], x[9]) = (f32::NAN, f32::INFINITY);
+    assert!(multiply(1, kernel, w, &x, 1).iter().all(|y| y.is_nan()));
+}
+
+/// Each of the additions is wrong by at most half an ulp of a partial sum, which is at most the sum of magnitudes.
+fn compare_with_double(w: &Packed, x: &[f32], rows: usize, y: &[f32], what: &str) {
+    let mut weights = vec![0.0; w.cols()];
+    for output in 0..w.rows() {
+        w.row(output, &mut weights).expect("a row");
+        for row in 0..rows {
+            let (mut exact, mut size) = (0.0, 0.0);
+            for (&x, &w) in x[row * w.cols()..(row + 1) * w.cols()].iter().zip(&weights) {
+                exact += f64::from(x) * f64::from(w);
+                size += (f64::from(x) * f64::from(w)).abs();
+            }
+            let error = (f64::from(y[row * w.rows() + output]) - exact).abs();
+            let bound = size * w.cols() as f64 * f64::from(f32::EPSILON) / 2.0;
+            assert!(
+                error <= bound,
+                "{what}: output {output} of row {row} is wrong by {error}, bound {bound}"
+            );
+        }
+    }
+}
+
+/// Queries, keys and values of a sequence, and how a layer attends to it.
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    kind: KvType,
+    window: Option<usize>,
+    alibi: Option<Vec<f32>>,
+    softcap: Option<f32>,
+    len: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Case {
+    fn new(heads: usize, kv_heads: usize, dim: usize, kind: KvType, len: usize) -> Self {
+        let mut numbers = Numbers((heads * 1000 + dim * 10 + len) as u64);
+        let mut wide = |n: usize| numbers.take(n).iter().map(|x| x * 3.0).collect();
+        let (q, k, v) = (wide(len * heads * dim), wide(len * kv_heads * dim), wide(len * kv_heads * dim));
+        Self { heads, kv_heads, dim, kind, window: None, alibi: None, softcap: None, len, q, k, v }
+    }
+
+    fn shape(&self) -> Shape<'_> {
+        Shape {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.dim,
+            scale: 1.0 / (self.dim as f32).sqrt(),
+            window: self.window,
+            alibi: self.alibi.as_deref(),
+            softcap: self.softcap,
+        }
+    }
+
+    /// Attention of the whole sequence, `chunks` positions at a time (the last is repeated).
+    fn run(&self, kernel: &dyn Attention, threads: usize, chunks: &[usize]) -> Vec<f32> {
+        let pool = pool(threads);
+        let (width, kv_width) = (self.heads * self.dim, self.kv_heads * self.dim);
+        let mut cache = KvCache::new(self.kv_heads, self.dim, self.kind);
+        let mut scratch = Scratch::new();
+        let mut out = vec![0.0; self.len * width];
+        let mut sizes = chunks.iter();
+        let mut size = 1;
+        let mut at = 0;
+        while at < self.len {
+            size = *sizes.next().unwrap_or(&size);
+            let n = size.min(self.len - at);
+            let kv = at * kv_width..;
+            cache.append(&pool, &self.k[kv.clone()], &self.v[kv], n, kv_width).expect("room");
+            let out = &mut out[at * width..(at + n) * width];
+            attend(&pool, kernel, &self.shape(), &cache, &self.q[at * width..], width, n, out, &mut scratch)
+                .expect("attends");
+            at += n;
+        }
+        out
+    }
+
+    /// The definition, in double precision, for one query.
+    fn exact(&self, i: usize) -> Vec<f64> {
+        let stored = |x: f32| match self.kind {
+            KvType::F32 => f64::from(x),
+            KvType::F16 => f64::from(f16::from_f32(x).to_f32()),
+        };
+        let mut out = Vec::new();
+        for h in 0..self.heads {
+            let kv = h / (self.heads / self.kv_heads) * self.dim;
+            let row =
+                |j: usize| j * self.kv_heads * self.dim + kv..j * self.kv_heads * self.dim + kv + self.dim;
+            let q = &self.q[(i * self.heads + h) * self.dim..][..self.dim];
+            let from = self.window.map_or(0, |window| (i + 1).saturating_sub(window));
+            let scores: Vec<f64> = (from..=i)
+                .map(|j| {
+                    let dot: f64 =
+                        q.iter().zip(&self.k[row(j)]).map(|(&q, &k)| f64::from(q) * stored(k)).sum();
+                    let score = dot * f64::from(self.shape().scale);
+                    let score =
+                        self.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                    score + self.alibi.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]) * j as f64)
+                })
+                .collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            for d in 0..self.dim {
+                let values = (from..=i).map(|j| stored(self.v[row(j).start + d]));
+                out.push(scores.iter().zip(values).map(|(s, v)| (s - max).exp() / sum * v).sum());
+            }
+        }
+        out
+    }
+}
+
+/// Sequences that cover head shapes, lengths around the block size, windows, slopes and caps.
+fn cases() -> Vec<Case> {
+    let mut list = Vec::new();
+    for (i, &dim) in [8, 16, 64, 80, 128, 256].iter().enumerate() {
+        for (j, &(heads, kv_heads)) in [(1, 1), (9, 3), (4, 1), (2, 2)].iter().enumerate() {
+            let kind = if (i + j) % 2 == 0 { KvType::F32 } else { KvType::F16 };
+            list.push(Case::new(heads, kv_heads, dim, kind, [1, 63, 65, 130][(i + j) % 4]));
+        }
+    }
+    for len in [1, 63, 64, 65, 200, 513] {
+        list.push(Case::new(3, 1, 16, KvType::F32, len));
+    }
+    for (window, len) in [(1, 70), (5, 70), (64, 200), (100, 200), (1000, 100)] {
+        list.push(Case { window: Some(window), ..Case::new(6, 2, 16, KvType::F16, len) });
+    }
+    let slopes = Some(vec![0.5, 0.25, 0.125, 0.0625]);
+    list.push(Case { alibi: slopes.clone(), ..Case::new(4, 4, 16, KvType::F32, 200) });
+    list.push(Case { softcap: Some(5.0), ..Case::new(4, 2, 32, KvType::F32, 130) });
+    list.push(Case {
+        alibi: slopes,
+        softcap: Some(20.0),
+        window: Some(33),
+        ..Case::new(4, 2, 24, KvType::F16, 130)
+    });
+    list
+}
+
+fn check_attention(isa: Isa) {
+    let (kernel, scalar) = pair(&attention::kernels(), |k| k.isa(), isa);
+    for case in cases() {
+        let what = format!(
+            "{} heads, {} shared, of {}, {} positions, {:?}, window {:?}",
+            case.heads, case.kv_heads, case.dim, case.len, case.kind, case.window
+        );
+        let together = case.run(kernel, 1, &[case.len]);
+        assert_same_bits(&case.run(kernel, 3, &[case.len]), &together, &what);
+        if isa != Isa::Scalar {
+            assert_same_bits(&together, &case.run(scalar, 1, &[case.len]), &what);
+        }
+        let width = case.heads * case.dim;
+        for i in (0..case.len).step_by(7).chain([case.len - 1]) {
+            for (d, exact) in case.exact(i).into_iter().enumerate() {
+                // Outputs are means of values up to 3.
+                let error = (f64::from(together[i * width + d]) - exact).abs();
+                assert!(error < 1e-5, "{what}: query {i}, output {d} is wrong by {error}");
+            }
+        }
+    }
+}
+
+fn check_chunks(isa: Isa) {
+    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
+    let slopes = Some(vec![0.5; 9]);
+    for case in [
+        Case::new(9, 3, 64, KvType::F32, 200),
+        Case::new(9, 3, 64, KvType::F16, 200),
+        Case { window: Some(50), ..Case::new(9, 3, 16, KvType::F32, 200) },
+        Case { alibi: slopes, softcap: Some(9.0), ..Case::new(9, 1, 8, KvType::F16, 200) },
+    ] {
+        let together = case.run(kernel, 1, &[200]);
+        for threads in [1, 2, 5] {
+            for chunks in [&[7, 193][..], &[1], &[64, 1, 5, 63, 67], &[100]] {
+                let what = format!("{threads} threads, chunks {chunks:?}");
+                assert_same_bits(&case.run(kernel, threads, chunks), &together, &what);
+            }
+        }
+    }
+}
+
+fn check_non_finite(isa: Isa) {
+    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
+    for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-42] {
+        for kind in [KvType::F32, KvType::F16] {
+            let clean = Case::new(4, 2, 16, kind, 100);
+            let expected = clean.run(kernel, 2, &[100]);
+            let mut case = clean;
+            let kv = case.kv_heads * case.dim;
+            case.k[70 * kv + 3] = poison;
+            case.v[70 * kv + 5] = poison;
+            let found = case.run(kernel, 2, &[100]);
+            // Positions before the poisoned one do not see it.
+            assert_same_bits(&found[..70 * 64], &expected[..70 * 64], "before the poison");
+            // Nor does anyone after it was truncated away.
+            let pool = pool(1);
+            let mut cache = KvCache::new(2, 16, kind);
+            let mut out = vec![0.0; 64];
+            cache.append(&pool, &case.k, &case.v, 100, kv).expect("room");
+            cache.truncate(70);
+            let (shape, q) = (case.shape(), &case.q[69 * 64..]);
+            attend(&pool, kernel, &shape, &cache, q, 64, 1, &mut out, &mut Scratch::new()).expect("attends");
+            assert_same_bits(&out, &expected[69 * 64..70 * 64], "after truncation");
+        }
+    }
+}
+
+#[test]
+fn attention_refuses_what_does_not_fit() {
+    let pool = pool(1);
+    let kernel = attention::kernels()[0];
+    let case = Case::new(4, 2, 16, KvType::F32, 5);
+    let mut cache = KvCache::new(2, 16, KvType::F32);
+    cache.append(&pool, &case.k, &case.v, 5, 32).expect("room");
+    let good = case.shape();
+    let mut scratch = Scratch::new();
+    let mut refused = |shape: Shape<'_>, q: &[f32], stride, n, out_len| {
+        let mut out = vec![0.0; out_len];
+        attend(&pool, kernel, &shape, &cache, q, stride, n, &mut out, &mut scratch).is_err()
+    };
+    assert!(!refused(good, &case.q, 64, 5, 5 * 64));
+    assert!(!refused(good, &[], 64, 0, 0));
+    assert!(refused(good, &case.q, 64, 6, 6 * 64));
+    assert!(refused(good, &case.q, 65, 5, 5 * 64));
+    assert!(refused(good, &case.q, usize::MAX, 5, 5 * 64));
+    assert!(refused(good, &case.q, 64, 5, 5 * 64 - 1));
+    assert!(refused(Shape { heads: 5, ..good }, &case.q, 64, 1, 80));
+    assert!(refused(Shape { kv_heads: 0, ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { head_dim: 8, ..good }, &case.q, 64, 1, 32));
+    assert!(refused(Shape { window: Some(0), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { softcap: Some(0.0), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { softcap: Some(f32::NAN), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { alibi: Some(&[0.1]), ..good }, &case.q, 64, 1, 64));
+}
+
+#[test]
+fn attention_scratch_stops_growing() {
+    let pool = pool(2);
+    let kernel = *attention::kernels().last().expect("scalar");
+    let case = Case::new(4, 2, 16, KvType::F32, 100);
+    let mut cache = KvCache::new(2, 16, KvType::F32);
+    cache.append(&pool, &case.k, &case.v, 100, 32).expect("room");
+    let mut scratch = Scratch::new();
+    let mut out = vec![0.0; 100 * 64];
+    let mut sizes = Vec::new();
+    for n in [100, 1, 50, 100] {
+        let q = &case.q[(100 - n) * 64..];
+        attend(&pool, kernel, &case.shape(), &cache, q, 64, n, &mut out[..n * 64], &mut scratch)
+            .expect("attends");
+        sizes.push(scratch.bytes());
+    }
+    assert!(sizes.iter().all(|&size| size == sizes[0] && size > 0), "{sizes:?}");
+}
+
+const LENGTHS: [usize; 12] = [1, 3, 8, 15, 16, 31, 32, 33, 100, 576, 1000, 1536];
+
+fn check_norm(isa: Isa) {
+    let (kernel, scalar) = pair(&norm::kernels(), |k| k.isa(), isa);
+    let mut numbers = Numbers(5);
+    for n in LENGTHS {
+        for shift in [0.0, 10.0] {
+            let x: Vec<f32> = numbers.take(n).iter().map(|x| x * 4.0 + shift).collect();
+            let (gain, bias) = (numbers.take(n), numbers.take(n));
+            let exact: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            let mean = exact.iter().sum::<f64>() / n as f64;
+            let square = exact.iter().map(|x| x * x).sum::<f64>() / n as f64;
+            let variance = exact.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
+            let (mut out, mut other) = (vec![0.0; n], vec![0.0; n]);
+
+            kernel.rms(&x, &gain, 1e-5, &mut out);
+            scalar.rms(&x, &gain, 1e-5, &mut other);
+            assert_same_bits(&out, &other, "rms");
+            for i in 0..n {
+                let expected = exact[i] / (square + 1e-5).sqrt() * f64::from(gain[i]);
+                assert!((f64::from(out[i]) - expected).abs() <= 1e-6 * expected.abs() + 1e-9, "rms {n}: {i}");
+            }
+            for bias in [None, Some(&bias[..])] {
+                kernel.layer(&x, &gain, bias, 1e-5, &mut out);
+                scalar.layer(&x, &gain, bias, 1e-5, &mut other);
+                assert_same_bits(&out, &other, "layer");
+                for i in 0..n {
+                    let unit = (exact[i] - mean) / (variance + 1e-5).sqrt();
+                    let expected = unit * f64::from(gain[i]) + bias.map_or(0.0, |bias| f64::from(bias[i]));
+                    // For one element the mean is the element: 0, up to the mean's own rounding over sqrt(eps).
+                    let bound = 1e-5 + 2e-6 * f64::from(shift) / (variance + 1e-5).sqrt();
+                    assert!((f64::from(out[i]) - expected).abs() <= bound, "layer {n}: {i}");
+                }
+            }
+        }
+    }
+    let mut out = [0.0; 3];
+    kernel.rms(&[f32::NAN, 1.0, f32::INFINITY], &[1.0; 3], 1e-5, &mut out);
+    assert!(out[0].is_nan());
+    kernel.rms(&[0.0; 3], &[1.0; 3], 1e-5, &mut out);
+    assert_eq!(out, [0.0; 3]);
+    kernel.rms(&[], &[], 1e-5, &mut []);
+    kernel.layer(&[], &[], Some(&[]), 1e-5, &mut []);
+}
+
+fn check_rope(isa: Isa) {
+    let (kernel, scalar) = pair(&rope::kernels(), |k| k.isa(), isa);
+    let mut numbers = Numbers(6);
+    for (heads, dim, turned) in
+        [(1, 2, 2), (3, 8, 8), (9, 64, 64), (2, 80, 32), (1, 256, 64), (2, 6, 0), (4, 100, 50), (0, 8, 8)]
+    {
+        let x = numbers.take(heads * dim);
+        let angles: Vec<f32> = numbers.take(turned / 2).iter().map(|x| x * 3.0).collect();
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
+        let (mut out, mut other) = (x.clone(), x.clone());
+        kernel.rotate(&mut out, dim, turned, &cos, &sin);
+        scalar.rotate(&mut other, dim, turned, &cos, &sin);
+        assert_same_bits(&out, &other, "rope");
+        for (i, &found) in out.iter().enumerate() {
+            let (head, d) = (i / dim * dim, i % dim);
+            let half = turned / 2;
+            let expected = if d >= turned {
+                x[i]
+            } else if d < half {
+                x[i] * cos[d] - x[head + d + half] * sin[d]
+            } else {
+                x[i] * cos[d - half] + x[head + d - half] * sin[d - half]
+            };
+            assert!((found - expected).abs() < 1e-6, "{heads} heads of {dim}: {i}");
+        }
+    }
+}
+
+fn check_elementwise(isa: Isa) {
+    let (kernel, scalar) = pair(&elementwise::kernels(), |k| k.isa(), isa);
+    let mut numbers = Numbers(7);
+    for n in LENGTHS.into_iter().chain([0]) {
+        let mut x: Vec<f32> = numbers.take(n).iter().map(|x| x * 12.0).collect();
+        let special =
+            [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-42, f32::MAX, f32::MIN, 89.0, -104.5];
+        for (x, special) in x.iter_mut().skip(3).step_by(11).zip(special) {
+            *x = special;
+        }
+        let y = numbers.take(n);
+        let both = |f: &dyn Fn(&dyn elementwise::Elementwise) -> Vec<f32>, what: &str| {
+            assert_same_bits(&f(kernel), &f(scalar), what);
+            f(kernel)
+        };
+        let in_place = |f: &dyn Fn(&dyn elementwise::Elementwise, &mut [f32]), what: &str| {
+            both(
+                &|kernel| {
+                    let mut out = x.clone();
+                    f(kernel, &mut out);
+                    out
+                },
+                what,
+            )
+        };
+        let gelu_tanh = in_place(&|k, x| k.gelu_tanh(x), "gelu_tanh");
+        let relu = in_place(&|k, x| k.relu(x), "relu");
+        let added = in_place(&|k, x| k.add_assign(x, &y), "add_assign");
+        let scaled = in_place(&|k, x| k.scale(x, 0.3), "scale");
+        let capped = in_place(&|k, x| k.softcap(x, 2.5), "softcap");
+        in_place(&|k, x| k.gelu_erf(x), "gelu_erf");
+        let gated = |f: &dyn Fn(&dyn elementwise::Elementwise, &mut [f32]), what: &str| in_place(f, what);
+        let silu_mul = gated(&|k, out| k.silu_mul(&x, &y, out), "silu_mul");
+        let gelu_mul = gated(&|k, out| k.gelu_tanh_mul(&x, &y, out), "gelu_tanh_mul");
+        for i in 0..n {
+            let d = f64::from(x[i]);
+            let near = |found: f32, expected: f64| {
+                let expected = f64::from(expected as f32);
+                found.is_nan() && expected.is_nan()
+                    || f64::from(found) == expected
+                    || (f64::from(found) - expected).abs() <= 2e-6 * expected.abs() + 1e-30
+            };
+            assert!(near(relu[i], if d < 0.0 { 0.0 } else { d }), "relu {d}");
+            assert!(near(added[i], d + f64::from(y[i])), "add_assign {d}");
+            assert!(near(scaled[i], d * f64::from(0.3f32)), "scale {d}");
+            assert!(near(capped[i], 2.5 * (d / 2.5).tanh()), "softcap {d}");
+            assert!(near(gelu_mul[i], f64::from(gelu_tanh[i]) * f64::from(y[i])), "gelu_tanh_mul {d}");
+            assert!(near(silu_mul[i], d / (1.0 + (-d).exp()) * f64::from(y[i])) || d < -80.0, "silu_mul {d}");
+        }
+    }
+}

@@ -1,0 +1,21 @@
+"""Fixtures of all tests."""
+
+import pytest
+
+from tiny import write_llama, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random Llama folder with a byte-level tokenizer and a chat template; do not change it."""
+    folder = write_llama(tmp_path_factory.mktemp("tiny") / "llama")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """The model of `tiny_folder`, loaded."""
+    import nybble
+
+    return nybble.load(tiny_folder, threads=2)
