@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level_tokenizer(vocab=384, begin=False):
+def byte_level_tokenizer(vocab=290, begin=False):
     """Train a byte-level BPE on a few sentences; special tokens come first."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +54,7 @@ def write_tokenizer(folder, begin=False):
 
 
 def write_llama(
-    folder, *, vocab=384, hidden=64, layers=2, heads=4, kv_heads=2, inner=96, context=512, seed=0
+    folder, *, vocab=290, hidden=64, layers=2, heads=4, kv_heads=2, inner=96, context=512, seed=0
 ):
     """Write a random Llama with its configuration, without a tokenizer."""
     folder = Path(folder)

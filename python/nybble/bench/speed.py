@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from nybble import anatomy
     from nybble.runtime import LanguageModel, Session
 
 #: Megabytes the bandwidth is read over: more than any cache.
@@ -203,7 +204,25 @@ def _identity(model: "LanguageModel") -> dict[str, Any]:
         "n_threads": info["threads"],
         "type_k": info["kv_type"],
         "type_v": info["kv_type"],
+        "weight_bytes_per_token": _bytes_per_token(info["weight_bytes"], plan, parts),
     }
+
+
+def _bytes_per_token(
+    layouts: Mapping[str, int], plan: Mapping[str, Any], parts: "Sequence[anatomy.Part]"
+) -> int:
+    """Return the bytes of weights that one token reads: all but the rows of tables it skips."""
+    total = sum(layouts.values())
+    names = {f"{table['module']}.weight" for table in plan["embeddings"]}
+    tables = [part for part in parts if part.name in names]
+    if plan["tied"] and tables:
+        # The head is the first table, and reads all of it.
+        tables.remove(max(tables, key=lambda part: part.weights))
+    for part in tables:
+        packed = part.layout.startswith("int")
+        width = 2 if part.layout in ("F16", "BF16") else 4
+        total -= part.size if packed else part.weights * width
+    return max(total, 0)
 
 
 def matmul_kernel(layouts: Mapping[str, int], kernels: Sequence[str], scheme: str) -> str:
@@ -244,4 +263,15 @@ def _record(identity: dict[str, Any], test: SpeedTest, samples: list[int]) -> di
         "draft": None,
         "accepted_per_step": None,
         "peak_rss": machine.peak_rss(),
+        "memory_bandwidth": None,
+        "bandwidth_share": None,
     }
+
+
+def add_bandwidth(records: Sequence[dict[str, Any]], bytes_a_second: float) -> None:
+    """Write the memory bandwidth into records, and what share of it generating text used."""
+    for record in records:
+        record["memory_bandwidth"] = bytes_a_second
+        if record["n_gen"]:
+            used = record["weight_bytes_per_token"] * record["avg_ts"]
+            record["bandwidth_share"] = used / bytes_a_second

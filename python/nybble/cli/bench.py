@@ -93,7 +93,7 @@ def bench(
     The memory bandwidth is measured in the same minute and printed, since decoding is bound by it.
     """
     import nybble
-    from nybble.bench import bandwidth, measure, report, tests
+    from nybble.bench import add_bandwidth, bandwidth, measure, report, tests
     from nybble.cli import output
 
     if as_json and output_format not in (None, "json"):
@@ -114,9 +114,7 @@ def bench(
             repeats=repeats,
             on_step=lambda name, done, total: bar.update(done, total, name),
         )
-    speed = max(before, bandwidth(used))
-    for record in records:
-        record["memory_bandwidth"] = speed
+    add_bandwidth(records, max(before, bandwidth(used)))
     if form == "json":
         output.emit_json({"results": records})
     elif form == "csv":
@@ -124,14 +122,16 @@ def bench(
     elif form == "jsonl":
         sys.stdout.write(report.jsonl_text(records))
     elif form == "md":
-        sys.stdout.write(report.markdown_text(_COLUMNS, [_cells(r) for r in records], {1, 2, 5}))
+        sys.stdout.write(report.markdown_text(_COLUMNS, [_cells(r) for r in records], set(_FIGURES)))
         output.note(_surroundings(records[0]))
     else:
         output.show(_table(records))
         output.note(_surroundings(records[0]))
 
 
-_COLUMNS = ("model", "size", "params", "weights", "kernel", "threads", "test", "tok/s")
+_COLUMNS = ("model", "size", "params", "weights", "kernel", "threads", "test", "tok/s", "of bandwidth")
+
+_FIGURES = (1, 2, 5, 7, 8)
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
@@ -148,13 +148,14 @@ def _cells(record: dict[str, Any]) -> list[str]:
         str(record["n_threads"]),
         record["test"],
         f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
+        "-" if (share := record["bandwidth_share"]) is None else f"{share:.0%}",
     ]
 
 
 def _table(records: list[dict[str, Any]]) -> "Table":
     from nybble.cli import output
 
-    table = output.grid("", _COLUMNS, right=(1, 2, 5, 7))
+    table = output.grid("", _COLUMNS, right=_FIGURES)
     for record in records:
         output.add(table, *_cells(record))
     return table

@@ -36,7 +36,7 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["MAX_SECONDS", "MAX_SOURCE", "MAX_TEXT", "LimitError", "RefusedError", "render"]
 
-MAX_SOURCE = 1 << 20
+MAX_SOURCE = 1 << 16
 """Characters of a template."""
 MAX_TEXT = 1 << 24
 """Characters of the result, and of any text made on the way."""

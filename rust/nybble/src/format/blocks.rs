@@ -166,7 +166,9 @@ fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let packed = part(block, 4);
     let codes = part::<128>(block, 16);
     // 32 bytes hold two sub-blocks: one in the low nibbles, one in the high.
-    for (pair, (out, codes)) in out.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<32>().0).enumerate() {
+    for (pair, (out, codes)) in
+        out.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<32>().0).enumerate()
+    {
         let (low, high) = out.split_at_mut(32);
         let (scale, offset) = scale_and_offset(packed, 2 * pair);
         let (scale, offset) = (d * scale, dmin * offset);
@@ -186,7 +188,9 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     let packed = part(block, 4);
     let fifths = part::<32>(block, 16); // bit j of byte i is the fifth bit of element i of sub-block j
     let codes = part::<128>(block, 48);
-    for (pair, (out, codes)) in out.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<32>().0).enumerate() {
+    for (pair, (out, codes)) in
+        out.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<32>().0).enumerate()
+    {
         let (low, high) = out.split_at_mut(32);
         let (scale, offset) = scale_and_offset(packed, 2 * pair);
         let (scale, offset) = (d * scale, dmin * offset);

@@ -158,7 +158,8 @@ impl Dtype {
     /// dimensions) has one element.
     pub fn tensor_bytes(self, shape: &[usize]) -> Option<usize> {
         // Counted as if no dimension were zero, so that the product of any of them fits, in any order.
-        let bounded = shape.iter().try_fold(self.block_bytes(), |product, &dim| product.checked_mul(dim.max(1)))?;
+        let bounded =
+            shape.iter().try_fold(self.block_bytes(), |product, &dim| product.checked_mul(dim.max(1)))?;
         let cols = shape.last().copied().unwrap_or(1);
         let rows: usize = shape.split_last().map_or(1, |(_, rows)| rows.iter().product());
         let bytes = self.row_bytes(cols)?.checked_mul(rows)?;

@@ -162,7 +162,8 @@ impl Folder {
         names.sort();
         let pickle = |name: &&std::ffi::OsString| {
             let known = ["pytorch_model", "model", "consolidated", "adapter_model"];
-            is_pickle_name(Path::new(name)) && known.iter().any(|stem| name.to_string_lossy().starts_with(stem))
+            is_pickle_name(Path::new(name))
+                && known.iter().any(|stem| name.to_string_lossy().starts_with(stem))
         };
         if let Some(name) = names.iter().find(pickle) {
             return pickle_error(&self.path.join(name));

@@ -28,8 +28,9 @@ pub(crate) fn pickle_error(path: &Path) -> Error {
 
 /// Refuses what is certainly no tensor file: pickles, a Git LFS pointer, a saved web page, nothing at all.
 pub(crate) fn refuse_foreign(path: &Path, bytes: &[u8], expected: &str) -> Result<()> {
-    // A pickle starts with its protocol, and so may a safetensors header of 640 bytes: that one has zeros further on.
-    let pickled = matches!(bytes, [0x80, 2..=5, rest @ ..] if rest.get(2..6) != Some(&[0; 4]));
+    // A pickle starts with its protocol, and so may a safetensors header of 640 bytes: that one goes on with the zeros of a
+    // length below 2^32 and an opening brace.
+    let pickled = matches!(bytes, [0x80, 2..=5, _, _, rest @ ..] if !matches!(rest, [0, 0, 0, 0] | [0, 0, 0, 0, b'{', ..]));
     // "PK" starts a zip archive, which is what newer pickle checkpoints are.
     if is_pickle_name(path) || pickled || bytes.starts_with(b"PK\x03\x04") {
         return Err(pickle_error(path));

@@ -196,7 +196,8 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
             let item = || self.item(&field);
             let again = match field.as_str() {
                 "dtype" => {
-                    let name = map.next_value::<String>().map_err(faults.about(item, "the name of a type"))?;
+                    let name =
+                        map.next_value::<String>().map_err(faults.about(item, "the name of a type"))?;
                     dtype.replace(self.dtype(&name)?).is_some()
                 }
                 "shape" => {

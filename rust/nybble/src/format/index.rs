@@ -136,7 +136,11 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
             match index.tensors.entry(name) {
                 Entry::Vacant(slot) => slot.insert(number),
                 Entry::Occupied(slot) => {
-                    return Err(faults.fail(quoted(slot.key()), "one file for this tensor", "a second entry"));
+                    return Err(faults.fail(
+                        quoted(slot.key()),
+                        "one file for this tensor",
+                        "a second entry",
+                    ));
                 }
             };
             if index.tensors.len() > MAX_TENSORS {

@@ -49,7 +49,12 @@ pub(crate) fn read_text(path: &Path, max_bytes: usize) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
     let len = file.metadata().map_err(Error::io(path))?.len();
     if len > max_bytes as u64 {
-        return Err(Error::format(path, "size", format!("at most {max_bytes} bytes"), format!("{len} bytes")));
+        return Err(Error::format(
+            path,
+            "size",
+            format!("at most {max_bytes} bytes"),
+            format!("{len} bytes"),
+        ));
     }
     read_all(path, file, len)
 }
@@ -157,8 +162,11 @@ impl<'de> Visitor<'de> for AnyValue<'_> {
             if values.contains_key(&key) {
                 return Err(self.limits.faults.fail(quoted(&key), "each key once", "a second one"));
             }
-            let value =
-                map.next_value_seed(AnyValue { limits: self.limits, depth: self.depth + 1, key: Some(&key) })?;
+            let value = map.next_value_seed(AnyValue {
+                limits: self.limits,
+                depth: self.depth + 1,
+                key: Some(&key),
+            })?;
             values.insert(key, value);
         }
         Ok(Value::Object(values))

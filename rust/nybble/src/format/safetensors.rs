@@ -92,7 +92,12 @@ fn header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], usize)> {
     };
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER as u64 {
-        return Err(Error::format(path, "header length", format!("at most {MAX_HEADER}"), length.to_string()));
+        return Err(Error::format(
+            path,
+            "header length",
+            format!("at most {MAX_HEADER}"),
+            length.to_string(),
+        ));
     }
     let length = length as usize; // at most MAX_HEADER
     let Some(header) = rest.get(..length) else {

@@ -158,7 +158,11 @@ fn layout(mut entries: Vec<(String, Dtype, Vec<usize>)>) -> Result<(Vec<u8>, BTr
             return Err(Error::argument(quoted(&name), "a type of the safetensors format", dtype));
         }
         if shape.len() > MAX_RANK {
-            return Err(Error::argument(quoted(&name), format!("at most {MAX_RANK} dimensions"), shape.len()));
+            return Err(Error::argument(
+                quoted(&name),
+                format!("at most {MAX_RANK} dimensions"),
+                shape.len(),
+            ));
         }
         let size = dtype.tensor_bytes(&shape).map(|bytes| bytes as u64);
         let Some((len, new_end)) = size.and_then(|len| Some((len, end.checked_add(len)?))) else {

@@ -37,7 +37,12 @@ fn every_type_equals_the_reference() {
         let mut values = vec![f32::NAN; expected.len()];
         dequantize(dtype, &blocks, &mut values).expect("whole blocks");
         for (i, (value, &expected)) in values.iter().zip(&expected).enumerate() {
-            assert_eq!(value.to_bits(), expected, "{dtype} element {i}: {value} and {}", f32::from_bits(expected));
+            assert_eq!(
+                value.to_bits(),
+                expected,
+                "{dtype} element {i}: {value} and {}",
+                f32::from_bits(expected)
+            );
         }
         // A part of whole blocks alone gives the same.
         let part = 3 * dtype.block();

@@ -74,8 +74,13 @@ fn magic_and_version_are_checked() {
         "f: a big-endian GGUF file is not supported: little-endian files are; convert the original model again"
     );
     assert_eq!(gguf_error(Vec::new()), "f: contents: expected a GGUF file, found an empty file");
-    assert_eq!(gguf_error(b"GG".to_vec()), "f: magic: expected 4 bytes at offset 0, found 2 before the end of the file");
-    assert!(gguf_error(b"version https://git-lfs.github.com/spec/v1\n".to_vec()).contains("a Git LFS pointer"));
+    assert_eq!(
+        gguf_error(b"GG".to_vec()),
+        "f: magic: expected 4 bytes at offset 0, found 2 before the end of the file"
+    );
+    assert!(
+        gguf_error(b"version https://git-lfs.github.com/spec/v1\n".to_vec()).contains("a Git LFS pointer")
+    );
 }
 
 #[test]
@@ -86,16 +91,23 @@ fn counts_beyond_the_file_are_refused_at_once() {
         let left = file.bytes().len() - 16;
         assert_eq!(
             gguf_error(file.bytes()),
-            format!("f: number of tensors: expected at most {}, all that the {left} bytes left can hold, found {count}", left / 33)
+            format!(
+                "f: number of tensors: expected at most {}, all that the {left} bytes left can hold, found {count}",
+                left / 33
+            )
         );
         let file = GgufFile { metadata_count: Some(count), ..GgufFile::small() };
         let left = file.bytes().len() - 24;
         assert_eq!(
             gguf_error(file.bytes()),
-            format!("f: number of metadata entries: expected at most {}, all that the {left} bytes left can hold, found {count}", left / 14)
+            format!(
+                "f: number of metadata entries: expected at most {}, all that the {left} bytes left can hold, found {count}",
+                left / 14
+            )
         );
         // Lengths of a key, of a text and of arrays.
-        let long = |file: &mut GgufFile, value: Vec<u8>, code| file.metadata = vec![("k".into(), code, value)];
+        let long =
+            |file: &mut GgufFile, value: Vec<u8>, code| file.metadata = vec![("k".into(), code, value)];
         let cases: [(Vec<u8>, u32, &str, usize, usize); 3] = [
             (count.to_le_bytes().into(), TEXT, "\"k\": length", 8, 1),
             ([&U32.to_le_bytes()[..], &count.to_le_bytes()].concat(), ARRAY, "\"k\": array length", 12, 4),
@@ -107,7 +119,10 @@ fn counts_beyond_the_file_are_refused_at_once() {
             let left = file.bytes().len() - (24 + 9 + 4 + used);
             assert_eq!(
                 gguf_error(file.bytes()),
-                format!("f: {item}: expected at most {}, all that the {left} bytes left can hold, found {count}", left / width)
+                format!(
+                    "f: {item}: expected at most {}, all that the {left} bytes left can hold, found {count}",
+                    left / width
+                )
             );
         }
     }
@@ -122,27 +137,76 @@ fn each_wrong_metadata_is_refused_by_key() {
         file.metadata.push((entry.0.into(), entry.1, entry.2.into()));
         gguf_error(file.bytes())
     };
-    let array = |code: u32, count: u64, rest: &[u8]| [&code.to_le_bytes()[..], &count.to_le_bytes(), rest].concat();
+    let array =
+        |code: u32, count: u64, rest: &[u8]| [&code.to_le_bytes()[..], &count.to_le_bytes(), rest].concat();
     let cases: &[(&[u8], u32, &[u8], &str)] = &[
         (b"flag", BOOL, &[0], r#""flag": expected each metadata key once, found a second one"#),
-        (b"", BOOL, &[0], r#"metadata key 5: expected 1 to 65535 bytes without control characters, found """#),
-        (b"a\0", BOOL, &[0], r#"metadata key 5: expected 1 to 65535 bytes without control characters, found "a\0""#),
-        (b"\xff\xfe", BOOL, &[0], "metadata key 5: expected UTF-8 text, found \"\u{fffd}\u{fffd}\", wrong at byte 0"),
+        (
+            b"",
+            BOOL,
+            &[0],
+            r#"metadata key 5: expected 1 to 65535 bytes without control characters, found """#,
+        ),
+        (
+            b"a\0",
+            BOOL,
+            &[0],
+            r#"metadata key 5: expected 1 to 65535 bytes without control characters, found "a\0""#,
+        ),
+        (
+            b"\xff\xfe",
+            BOOL,
+            &[0],
+            "metadata key 5: expected UTF-8 text, found \"\u{fffd}\u{fffd}\", wrong at byte 0",
+        ),
         (b"k", BOOL, &[2], r#""k": expected a truth value of 0 or 1, found 2"#),
         (b"k", 13, &[0], r#""k": expected a value type from 0 to 12, found 13"#),
         (b"k", ARRAY, &array(13, 1, &[0]), r#""k": expected a value type from 0 to 12, found 13"#),
-        (b"k", ARRAY, &array(ARRAY, 1, &[0]), r#""k": expected an array of numbers or texts, found an array of arrays"#),
-        (b"k", ARRAY, &array(TEXT, 1, &text(b"x\xc3")), "\"k\"[0]: expected UTF-8 text, found \"x\u{fffd}\", wrong at byte 1"),
-        (b"general.alignment", U32, &0_u32.to_le_bytes(), r#""general.alignment": expected u32, a power of two, found u32 0"#),
-        (b"general.alignment", U32, &48_u32.to_le_bytes(), r#""general.alignment": expected u32, a power of two, found u32 48"#),
-        (b"general.alignment", 10, &32_u64.to_le_bytes(), r#""general.alignment": expected u32, a power of two, found u64 32"#),
-        (b"general.alignment", TEXT, &text("32"), r#""general.alignment": expected u32, a power of two, found a text"#),
+        (
+            b"k",
+            ARRAY,
+            &array(ARRAY, 1, &[0]),
+            r#""k": expected an array of numbers or texts, found an array of arrays"#,
+        ),
+        (
+            b"k",
+            ARRAY,
+            &array(TEXT, 1, &text(b"x\xc3")),
+            "\"k\"[0]: expected UTF-8 text, found \"x\u{fffd}\", wrong at byte 1",
+        ),
+        (
+            b"general.alignment",
+            U32,
+            &0_u32.to_le_bytes(),
+            r#""general.alignment": expected u32, a power of two, found u32 0"#,
+        ),
+        (
+            b"general.alignment",
+            U32,
+            &48_u32.to_le_bytes(),
+            r#""general.alignment": expected u32, a power of two, found u32 48"#,
+        ),
+        (
+            b"general.alignment",
+            10,
+            &32_u64.to_le_bytes(),
+            r#""general.alignment": expected u32, a power of two, found u64 32"#,
+        ),
+        (
+            b"general.alignment",
+            TEXT,
+            &text("32"),
+            r#""general.alignment": expected u32, a power of two, found a text"#,
+        ),
     ];
     for (key, code, value, expected) in cases {
         assert_eq!(with((key, *code, value)), format!("f: {expected}"));
     }
     let message = with((b"split.count", 2, &3_u16.to_le_bytes()));
-    assert!(message.starts_with("f: one of 3 parts of a split GGUF file is not supported: a whole one is"), "{message}");
+    assert!(
+        message.starts_with("f: one of 3 parts of a split GGUF file is not supported: a whole one is"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -195,7 +259,10 @@ fn types_that_are_not_read_are_unsupported() {
     file.tensors[1] = GgufTensor::new("b", &[256], 10, 32);
     let error = Gguf::from_file(MappedFile::from_bytes("f", file.bytes())).expect_err("not read");
     assert!(matches!(error, Error::Unsupported { .. }));
-    assert!(error.to_string().starts_with("f: \"b\": type Q2_K is not supported: the types read are F32, "), "{error}");
+    assert!(
+        error.to_string().starts_with("f: \"b\": type Q2_K is not supported: the types read are F32, "),
+        "{error}"
+    );
 }
 
 #[test]

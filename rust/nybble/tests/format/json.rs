@@ -18,7 +18,10 @@ fn values_are_what_the_text_says() {
 
 #[test]
 fn a_key_said_twice_is_refused() {
-    assert_eq!(refused(r#"{"a":1,"b":{"k":1,"k":1}}"#), r#"f: "k": expected each key once, found a second one at line 1 column 21"#);
+    assert_eq!(
+        refused(r#"{"a":1,"b":{"k":1,"k":1}}"#),
+        r#"f: "k": expected each key once, found a second one at line 1 column 21"#
+    );
     assert!(json::parse("f", br#"{"a":{"k":1},"b":{"k":1}}"#).is_ok());
 }
 
@@ -53,7 +56,10 @@ fn broken_texts_are_refused() {
         ("[1,]", "f: text: expected valid JSON, found trailing comma at line 1 column 4"),
         ("[NaN]", "f: text: expected valid JSON, found expected value at line 1 column 2"),
         ("[1e999]", "f: text: expected valid JSON, found number out of range at line 1 column 6"),
-        ("\"\\ud800\"", "f: text: expected valid JSON, found unexpected end of hex escape at line 1 column 8"),
+        (
+            "\"\\ud800\"",
+            "f: text: expected valid JSON, found unexpected end of hex escape at line 1 column 8",
+        ),
     ] {
         assert_eq!(refused(text), expected);
     }

@@ -68,7 +68,11 @@ fn hostile_sizes_are_cheap() {
         let allowed = if size < 1 << 16 { Duration::from_millis(100) } else { Duration::from_secs(2) };
         assert!(taken < allowed, "{what}: {taken:?}");
         if let (Some(before), Some(after)) = (before, peak()) {
-            assert!(after - before < size + (64 << 20), "{what}: {} MiB more: {message}", (after - before) >> 20);
+            assert!(
+                after - before < size + (64 << 20),
+                "{what}: {} MiB more: {message}",
+                (after - before) >> 20
+            );
         }
     }
 }

@@ -17,7 +17,10 @@ fn plain_dtype() -> impl Strategy<Value = Dtype> {
 
 fn tensors() -> impl Strategy<Value = BTreeMap<String, (Dtype, Vec<usize>)>> {
     let shape = proptest::collection::vec(0..6_usize, 0..4);
-    let name = proptest::collection::vec(proptest::sample::select(vec!['a', 'é', '.', '/', '"', '\\', '0', ' ']), 1..8);
+    let name = proptest::collection::vec(
+        proptest::sample::select(vec!['a', 'é', '.', '/', '"', '\\', '0', ' ']),
+        1..8,
+    );
     let name = name.prop_map(String::from_iter);
     proptest::collection::btree_map(name, (plain_dtype(), shape), 0..12)
 }

@@ -65,8 +65,14 @@ fn mistakes_of_the_caller_are_errors() {
     for (outcome, expected) in [
         (writer.write("x", &[]), "name: expected a tensor announced to `create`, found \"x\""),
         (writer.write("w", &[0; 15]), "\"w\": expected the tensor's 16 bytes, found 15"),
-        (writer.write_at("w", 13, &[0; 4]), "\"w\": expected bytes within its 16, found 4 bytes at offset 13"),
-        (writer.write_at("w", usize::MAX, &[0; 4]), "\"w\": expected bytes within its 16, found 4 bytes at offset 18446744073709551615"),
+        (
+            writer.write_at("w", 13, &[0; 4]),
+            "\"w\": expected bytes within its 16, found 4 bytes at offset 13",
+        ),
+        (
+            writer.write_at("w", usize::MAX, &[0; 4]),
+            "\"w\": expected bytes within its 16, found 4 bytes at offset 18446744073709551615",
+        ),
     ] {
         assert_eq!(outcome.expect_err(expected).to_string(), expected);
     }
@@ -74,13 +80,17 @@ fn mistakes_of_the_caller_are_errors() {
     for (offset, len) in [(4, 4), (0, 5), (7, 2), (5, 1), (0, 16)] {
         let error = writer.write_at("w", offset, &vec![0; len]).expect_err("written twice").to_string();
         let end = offset + len;
-        assert_eq!(error, format!("\"w\": expected each byte written once, found some of {offset} to {end} a second time"));
+        assert_eq!(
+            error,
+            format!("\"w\": expected each byte written once, found some of {offset} to {end} a second time")
+        );
     }
     writer.write_at("w", 0, &[0; 4]).expect("beside it");
     writer.write_at("w", 8, &[0; 8]).expect("beside it");
 
     let refused = |entries: Vec<(&str, Dtype, Vec<usize>)>| {
-        let entries = entries.into_iter().map(|(name, dtype, shape)| (name.to_string(), dtype, shape)).collect();
+        let entries =
+            entries.into_iter().map(|(name, dtype, shape)| (name.to_string(), dtype, shape)).collect();
         let other = folder.path().join("other.safetensors");
         let error = SafeTensorsWriter::create(&other, entries).expect_err("refused").to_string();
         assert!(!other.exists());
@@ -89,7 +99,9 @@ fn mistakes_of_the_caller_are_errors() {
     let one = |name, dtype, shape| refused(vec![(name, dtype, shape)]);
     assert_eq!(one("", Dtype::U8, vec![1]), "tensor name: expected a name, found an empty one");
     assert!(one("__metadata__", Dtype::U8, vec![1]).contains("expected another name"));
-    assert!(one("q", Dtype::Q4_0, vec![32]).contains("expected a type of the safetensors format, found Q4_0"));
+    assert!(
+        one("q", Dtype::Q4_0, vec![32]).contains("expected a type of the safetensors format, found Q4_0")
+    );
     assert!(one("r", Dtype::U8, vec![1; 9]).contains("expected at most 8 dimensions, found 9"));
     assert!(one("o", Dtype::F32, vec![1 << 31, 1 << 31, 2]).contains("expected sizes that can be counted"));
     let twice = vec![("a", Dtype::U8, vec![1]), ("a", Dtype::I8, vec![1])];

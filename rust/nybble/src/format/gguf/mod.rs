@@ -181,9 +181,10 @@ fn read_version(cursor: &mut Cursor<'_>) -> Result<u32> {
         0 => Err(cursor.wrong("version", "2 or 3", "0")),
         1 => refuse("GGUF version 1".into(), "versions 2 and 3 are; convert the original model again"),
         // A small number with its bytes the other way round.
-        _ if version.swap_bytes() <= 0xffff => {
-            refuse("a big-endian GGUF file".into(), "little-endian files are; convert the original model again")
-        }
+        _ if version.swap_bytes() <= 0xffff => refuse(
+            "a big-endian GGUF file".into(),
+            "little-endian files are; convert the original model again",
+        ),
         _ => refuse(format!("GGUF version {version}"), "versions 2 and 3 are"),
     }
 }
@@ -316,7 +317,11 @@ fn place(
         let past = || {
             let left = present.saturating_sub(offset);
             let expected = format!("{bytes} bytes for {dtype} {shape:?}");
-            cursor.wrong(format!("{}: data", quoted(&name)), expected, format!("{left} before the end of the file"))
+            cursor.wrong(
+                format!("{}: data", quoted(&name)),
+                expected,
+                format!("{left} before the end of the file"),
+            )
         };
         end = offset.checked_add(bytes).filter(|&end| end <= present).ok_or_else(past)?;
         padded = end.checked_next_multiple_of(alignment).ok_or_else(past)?;

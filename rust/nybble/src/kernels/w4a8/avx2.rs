@@ -35,6 +35,8 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
 fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
     assert!(out.len() == M && tile.asymmetric == ASYMMETRIC);
     tile.check(x, M, STEP);
+    // Where registers are scarce the chunks stay a loop: unrolled, the compiler reorders the additions and spills.
+    let chunks = if M > 2 { std::hint::black_box(4) } else { 4 };
     let nibble = _mm256_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     let mut y = [[_mm256_setzero_ps(); 2]; M];
@@ -47,9 +49,21 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
         unsafe {
             weights = weights.add(tile.header());
             let mut sums = [[_mm256_setzero_si256(); 2]; M];
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(m * x.groups + g));
+                for half in 0..2 {
+                    let offset = if ASYMMETRIC {
+                        let zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()));
+                        _mm256_mullo_epi32(zero, x_sum)
+                    } else {
+                        _mm256_slli_epi32::<3>(x_sum)
+                    };
+                    sums[half] = _mm256_sub_epi32(sums[half], offset);
+                }
+            }
             for _ in 0..tile.steps_of(g) {
                 let mut pairs = [[_mm256_setzero_si256(); 2]; M];
-                for chunk in 0..4 {
+                for chunk in 0..chunks {
                     let packed = weights.add(64 * chunk).cast::<__m256i>();
                     let (w0, w1) = (_mm256_loadu_si256(packed), _mm256_loadu_si256(packed.add(1)));
                     let low = [_mm256_and_si256(w0, nibble), _mm256_and_si256(w1, nibble)];
@@ -75,24 +89,14 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                 weights = weights.add(STEP);
                 codes = codes.add(32);
             }
-            for half in 0..2 {
-                let scale = _mm256_cvtph_ps(_mm_loadu_si128(header.cast::<__m128i>().add(half)));
-                let zero = _mm256_cvtepu8_epi32(if ASYMMETRIC {
-                    _mm_loadl_epi64(header.add(32 + 8 * half).cast())
-                } else {
-                    _mm_set1_epi8(8)
-                });
-                for m in 0..M {
-                    let at = m * x.groups + g;
-                    let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(at));
-                    let offset = if ASYMMETRIC {
-                        _mm256_mullo_epi32(zero, x_sum)
-                    } else {
-                        _mm256_slli_epi32::<3>(x_sum)
-                    };
-                    let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[m][half], offset));
-                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*x.scales.get_unchecked(at)));
-                    y[m][half] = _mm256_fmadd_ps(sum, scale, y[m][half]);
+            let scales = header.cast::<__m128i>();
+            let scales =
+                [_mm256_cvtph_ps(_mm_loadu_si128(scales)), _mm256_cvtph_ps(_mm_loadu_si128(scales.add(1)))];
+            for m in 0..M {
+                let x_scale = _mm256_set1_ps(*x.scales.get_unchecked(m * x.groups + g));
+                for half in 0..2 {
+                    let scale = _mm256_mul_ps(scales[half], x_scale);
+                    y[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][half]), scale, y[m][half]);
                 }
             }
         }

@@ -1,0 +1,69 @@
+"""``nybble methods``: what compression can do, and where it comes from."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from nybble.cli import options
+
+
+def methods(as_json: options.Json = False) -> None:
+    """List the compression methods with their papers and defaults, and the recipes."""
+    from nybble.cli import output
+
+    found = [describe(name, cls, "quantization") for name, cls in _quantizers()]
+    recipes = _recipes()
+    if as_json:
+        output.emit_json({"methods": found, "recipes": recipes})
+        return
+    table = output.grid("Methods", ("name", "kind", "what it does", "paper", "defaults"), right=())
+    for entry in found:
+        defaults = ", ".join(f"{name}={value}" for name, value in entry["defaults"].items())
+        output.add(
+            table,
+            entry["name"],
+            entry["kind"],
+            entry["summary"],
+            entry["paper"],
+            defaults or "no settings",
+        )
+    output.show(table)
+    if recipes:
+        table = output.grid("Recipes (for compress --recipe)", ("name", "what it does"), right=())
+        for recipe in recipes:
+            output.add(table, recipe["name"], recipe["summary"])
+        output.show(table)
+
+
+def describe(name: str, cls: type[Any], kind: str) -> dict[str, Any]:
+    """Describe a method by its class: summary and paper from the docstring, defaults from fields."""
+    doc = inspect.getdoc(cls) or ""
+    lines = doc.splitlines()
+    return {
+        "name": name,
+        "kind": kind,
+        "summary": lines[0] if lines else "",
+        "paper": _paragraph(lines, "Paper:"),
+        "defaults": {
+            field.name: field.default
+            for field in dataclasses.fields(cls)
+            if field.default is not dataclasses.MISSING
+        },
+    }
+
+
+def _paragraph(lines: list[str], start: str) -> str:
+    """Return the first sentence or so of the paragraph that begins with ``start``."""
+    words: list[str] = []
+    for line in lines:
+        if line.startswith(start) or words:
+            if not line.strip():
+                break
+            words.append(line.removeprefix(start).strip())
+    return " ".join(words).split(". ")[0].rstrip(".")
+
+
+def _quantizers() -> list[tuple[str, type[Any]]]:
+    from nybble.quant import METHODS
+
+    return list(METHODS.items())

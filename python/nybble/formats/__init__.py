@@ -1,0 +1,1 @@
+"""How compressed weights are written down: packing, and the configuration that names it."""

@@ -1,0 +1,157 @@
+"""What quantization methods take and give.
+
+A weight is stored as an unsigned code and read back as ``scale * (code - zero)``. Weights of one
+row that stand side by side share a scale and a zero point; symmetric ones have the middle code (8
+or 128) as their zero point and store none.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from nybble.errors import ArgumentError
+
+__all__ = ["GROUPS", "Floats", "IntWeights", "Quantizer", "Scheme"]
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint8]
+
+GROUPS = (32, 64, 128)
+"""Weights that may share a scale, besides a whole row."""
+
+_CHUNK = 1 << 20  # weights compared at a time: what a core's cache holds
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear's weights and the activations that meet them are rounded.
+
+    Parameters
+    ----------
+    bits
+        Bits a weight: 4 or 8.
+    group
+        Weights of a row that share a scale; ``None`` for the whole row.
+    symmetric
+        Whether the zero point is the middle code.
+    activations
+        Bits of the activations: 8, or 16 to leave them in float.
+    strategy
+        With 8-bit activations, one scale a token (``"token"``) or one for each of its groups
+        (``"group"``), which are the weights' groups.
+    """
+
+    bits: int = 4
+    group: int | None = 32
+    symmetric: bool = False
+    activations: int = 8
+    strategy: str = "group"
+
+    def __post_init__(self) -> None:
+        for name, found, accepted in (
+            ("bits", self.bits, (4, 8)),
+            ("group", self.group, (*GROUPS, None)),
+            ("activations", self.activations, (8, 16)),
+            ("strategy", self.strategy, ("group", "token")),
+        ):
+            if found not in accepted:
+                message = f"{name}: expected one of {accepted}, found {found!r}"
+                raise ArgumentError(message)
+
+    def fitted(self, cols: int) -> Scheme:
+        """Return the scheme for rows of `cols` weights.
+
+        Where the group does not divide the row it is the largest smaller one that does, else the
+        whole row.
+        """
+        if self.group is None or (cols and cols % self.group == 0):
+            return self
+        fitting = [group for group in GROUPS if group < self.group and cols and cols % group == 0]
+        return replace(self, group=max(fitting, default=None))
+
+    def groups(self, cols: int) -> int:
+        """Return the number of groups in a row of `cols` weights."""
+        return 1 if self.group is None else cols // self.group
+
+    def describe(self) -> str:
+        """Return the scheme in a few words."""
+        group = "row" if self.group is None else str(self.group)
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.bits}-bit {kind}, group {group}"
+
+
+@dataclass(frozen=True)
+class IntWeights:
+    """A matrix ``[rows, cols]`` as integers.
+
+    Parameters
+    ----------
+    codes
+        Unsigned codes ``[rows, cols]``.
+    scales
+        Scales ``[rows, groups]``, exactly representable in float16.
+    zeros
+        Zero points ``[rows, groups]`` among the codes; ``None`` for symmetric weights.
+    bits
+        Bits of a code.
+    """
+
+    codes: Codes
+    scales: Floats
+    zeros: Codes | None
+    bits: int
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> Floats:
+        """Return rows `start` to `stop` as the floats they stand for."""
+        codes, scales = self.codes[start:stop], self.scales[start:stop]
+        rows, groups = scales.shape
+        centred = codes.reshape(rows, groups, -1).astype(np.float32)
+        # Differences of codes are small whole numbers: exact in float32.
+        if self.zeros is None:
+            centred -= np.float32(1 << (self.bits - 1))
+        else:
+            centred -= self.zeros[start:stop, :, None]
+        centred *= scales[:, :, None]
+        values: Floats = centred.reshape(codes.shape)
+        return values
+
+    def squared_error(self, weights: Floats) -> tuple[float, float]:
+        """Return the sums of squares of ``weights - self`` and of ``weights``."""
+        rows, cols = weights.shape
+        step = max(1, _CHUNK // max(1, cols))
+        error = norm = 0.0
+        for start in range(0, rows, step):
+            part = weights[start : start + step]
+            difference = self.dequantize(start, start + step)
+            np.subtract(part, difference, out=difference)
+            error += float(np.square(difference, out=difference).sum(dtype=np.float64))
+            norm += float(np.square(part, out=difference).sum(dtype=np.float64))
+        return error, norm
+
+
+class Quantizer(ABC):
+    """A way to choose the integers. Subclasses are frozen dataclasses of a paper's settings."""
+
+    by_rows: ClassVar[bool] = True
+    """Whether rows may be handed over a block at a time; a method that looks across rows says no."""
+
+    @abstractmethod
+    def quantize(
+        self, weights: Floats, scheme: Scheme, *, threads: int | None = None
+    ) -> IntWeights:
+        """Round a matrix.
+
+        Parameters
+        ----------
+        weights
+            The floats ``[rows, cols]``; with `by_rows`, possibly some of a matrix's rows.
+        scheme
+            What to round to, already fitted to the columns.
+        threads
+            Threads to use; ``None`` for the default. The result does not depend on it.
+        """
