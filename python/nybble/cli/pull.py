@@ -57,7 +57,7 @@ def pull(
     if name is None:
         msg = "a name is needed (or --list)."
         raise typer.BadParameter(msg, param_hint="NAME")
-    pulled = hub.pull(
+    pulled = hub.fetch(
         name,
         source=source,
         force=force,

@@ -13,10 +13,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ArgumentError, FormatError
 from nybble.eval.losses import Tally, exp, token_losses
+from nybble.eval.text import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +85,7 @@ def encode(model: "LanguageModel", text: str, max_tokens: int | None = None) -> 
 
 def perplexity(
     model: "LanguageModel",
-    text: str,
+    text: "str | Path",
     *,
     context: int = 1024,
     max_tokens: int | None = None,
@@ -96,7 +98,7 @@ def perplexity(
     model
         Any model :func:`nybble.load` gives: float or compressed, folder or GGUF.
     text
-        The text.
+        The text itself, or a ``Path`` of a file that :func:`nybble.eval.read_text` reads.
     context
         Tokens a window, at most the model's context.
     max_tokens
@@ -118,7 +120,7 @@ def perplexity(
     if max_tokens is not None and max_tokens < 2:
         msg = f"max_tokens: expected at least 2, found {max_tokens}"
         raise ArgumentError(msg)
-    tokens = encode(model, text, max_tokens)
+    tokens = encode(model, read_text(text) if isinstance(text, Path) else text, max_tokens)
     if len(tokens) < 2:
         msg = f"text: expected at least 2 tokens, found {len(tokens)}"
         raise ArgumentError(msg)

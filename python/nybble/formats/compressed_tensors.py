@@ -1,7 +1,7 @@
 """``quantization_config`` in compressed-tensors form: written, and read back.
 
-A quantized module ``m`` is stored as ``m.weight_packed``, ``m.weight_scale``, ``m.weight_shape`` and,
-if asymmetric, ``m.weight_zero_point`` (:mod:`nybble.formats.packing`). The configuration lists
+A quantized module ``m`` is stored as ``m.weight_packed``, ``m.weight_scale``, ``m.weight_shape``
+and, if asymmetric, ``m.weight_zero_point`` (:mod:`nybble.formats.packing`). The configuration lists
 groups of modules that share a scheme. A group names its modules by *targets*: a module's path, a
 class (``Linear``, ``Embedding``), or ``re:`` and a regular expression that must fit from the
 path's start. The closest target wins (path, then expression, then class); ``ignore`` beats all.
@@ -14,8 +14,7 @@ What readers do with it, as found out by trying (compressed-tensors 0.20, transf
 * transformers loads symmetric linears in every combination. It packs no zero points when it
   prepares an empty model, so asymmetric ones load with ``dequantize=True`` only, which in turn
   knows a single scheme. It loads no quantized ``Embedding`` (it wants to initialise a weight that
-  is not there). A folder for transformers is therefore made with the recipe ``w4a16-transformers``
-  or another whose weights are symmetric and whose embedding has 16 bits.
+  is not there). A folder for transformers therefore has symmetric weights and a 16-bit embedding.
 * A head that shares the embedding's matrix is not stored; it is listed under ``ignore``.
 * The linears of GPT-2 are of class ``Conv1D`` there, which compressed-tensors does not match. They
   are stored as ``[outputs, inputs]`` like all others, whatever the plain weight's order.
@@ -27,7 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from nybble.errors import FormatError, UnsupportedError
 from nybble.formats.packing import words
@@ -178,12 +177,12 @@ class QuantizedModules:
             raise UnsupportedError(message)
         groups = section.get("config_groups")
         if not isinstance(groups, Mapping):
-            raise self._wrong("config_groups", "an object of groups", groups)
+            self._refuse("config_groups", "an object of groups", groups)
         self.ignore = self._names("ignore", section.get("ignore") or [])
         self.groups: list[tuple[list[str], Scheme]] = []
         for name, group in groups.items():
             if not isinstance(group, Mapping):
-                raise self._wrong(f"config_groups.{name}", "an object", group)
+                self._refuse(f"config_groups.{name}", "an object", group)
             if (found := group.get("format") or section.get("format")) != FORMAT:
                 message = f"{where}: {name}: format {found!r} is not supported: {FORMAT} is"
                 raise UnsupportedError(message)
@@ -201,20 +200,21 @@ class QuantizedModules:
                 best = (fit, scheme)
         return best[1]
 
-    def _wrong(self, key: str, expected: str, found: object) -> FormatError:
-        return FormatError(f"{self._where}: {key}: expected {expected}, found {found!r:.80}")
+    def _refuse(self, key: str, expected: str, found: object) -> NoReturn:
+        message = f"{self._where}: {key}: expected {expected}, found {found!r:.80}"
+        raise FormatError(message)
 
     def _names(self, key: str, value: object) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._wrong(key, "a list of texts", value)
+            self._refuse(key, "a list of texts", value)
         return value
 
     def _scheme(self, name: str, group: Mapping[str, Any]) -> Scheme:
         weights, inputs = group.get("weights"), group.get("input_activations")
         if not isinstance(weights, Mapping):
-            raise self._wrong(f"{name}.weights", "an object", weights)
+            self._refuse(f"{name}.weights", "an object", weights)
         if inputs is not None and not isinstance(inputs, Mapping):
-            raise self._wrong(f"{name}.input_activations", "an object", inputs)
+            self._refuse(f"{name}.input_activations", "an object", inputs)
         strategy = weights.get("strategy")
         if weights.get("type") != "int" or strategy not in ("group", "channel"):
             message = f"{self._where}: {name}: only integers by group or channel are read"

@@ -18,7 +18,7 @@ model's name.
 
 from nybble.hub.cache import Pulled, cache_dir, find
 from nybble.hub.errors import PullError
-from nybble.hub.fetch import SOURCES, pull, resolve
+from nybble.hub.sources import SOURCES, fetch, pull, resolve
 from nybble.hub.known import KNOWN, KnownModel, PackagePart
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "PullError",
     "Pulled",
     "cache_dir",
+    "fetch",
     "find",
     "pull",
     "resolve",

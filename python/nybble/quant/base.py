@@ -138,7 +138,7 @@ class Quantizer(ABC):
     """A way to choose the integers. Subclasses are frozen dataclasses of a paper's settings."""
 
     by_rows: ClassVar[bool] = True
-    """Whether rows may be handed over a block at a time; a method that looks across rows says no."""
+    """Whether some of a matrix's rows may be handed over; not if a method looks across rows."""
 
     @abstractmethod
     def quantize(

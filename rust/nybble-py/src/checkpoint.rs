@@ -82,14 +82,11 @@ impl Checkpoint {
 
     /// A copy of a tensor's stored bytes.
     fn raw<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = self.core.raw(name).map_err(|error| exception(py, &error))?;
-        match bytes {
-            Some(bytes) => Ok(PyBytes::new(py, bytes)),
-            None => {
-                let detail = "the file keeps them in another order; read the values instead";
-                Err(exception(py, &Error::unsupported(format!("the bytes of {name}"), detail)))
-            }
-        }
+        let bytes = self.core.raw(name).and_then(|bytes| {
+            let detail = "the file keeps them in another order; read the values instead";
+            bytes.ok_or_else(|| Error::unsupported(format!("copying the bytes of {name}"), detail))
+        });
+        bytes.map(|bytes| PyBytes::new(py, bytes)).map_err(|error| exception(py, &error))
     }
 
     /// What there is to compress and what a model needs, as JSON.

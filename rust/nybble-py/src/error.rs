@@ -37,7 +37,8 @@ pub(crate) fn run_until_signal<T: Send>(
             }
             // Only the main thread runs handlers; on others this is the time of taking the GIL. None means that the
             // interpreter is going down.
-            let checked = Python::try_attach(Python::check_signals);
+            #[allow(clippy::redundant_closure_for_method_calls)] // the method alone is not general enough
+            let checked = Python::try_attach(|py| py.check_signals());
             last.set(Instant::now());
             if let Some(Ok(())) = checked {
                 return false;

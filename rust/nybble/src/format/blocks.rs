@@ -113,7 +113,7 @@ fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
 }
 
 /// The 32 five-bit codes of a block: low four bits as nibbles, fifth bits as one 32-bit mask.
-fn five_bits(high: &[u8; 4], low: &[u8; 16]) -> [u8; 32] {
+fn five_bits(high: [u8; 4], low: &[u8; 16]) -> [u8; 32] {
     let mut codes = [0; 32];
     let (first, second) = codes.split_at_mut(16);
     let (first_bits, second_bits) = high.split_at(2);
@@ -129,7 +129,7 @@ fn five_bits(high: &[u8; 4], low: &[u8; 16]) -> [u8; 32] {
 
 fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
     let d = half_at(block, 0);
-    let codes = five_bits(part(block, 2), part(block, 6));
+    let codes = five_bits(*part(block, 2), part(block, 6));
     for (value, q) in out.iter_mut().zip(codes) {
         *value = d * f32::from(q as i8 - 16);
     }
@@ -137,7 +137,7 @@ fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
 
 fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
-    let codes = five_bits(part(block, 4), part(block, 8));
+    let codes = five_bits(*part(block, 4), part(block, 8));
     for (value, q) in out.iter_mut().zip(codes) {
         *value = d * f32::from(q) + m;
     }

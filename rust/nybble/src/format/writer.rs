@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct SafeTensorsWriter {
     path: PathBuf,
-    /// None once finished.
-    file: Option<File>,
+    file: File,
+    finished: bool,
     tensors: BTreeMap<String, Slot>,
 }
 
@@ -43,7 +43,7 @@ impl SafeTensorsWriter {
         let (header, tensors, len) = layout(entries)?;
         let mut file = OpenOptions::new().write(true).create_new(true).open(path).map_err(Error::io(path))?;
         let started = file.write_all(&header).and_then(|()| file.set_len(len));
-        let writer = Self { path: path.to_path_buf(), file: Some(file), tensors };
+        let writer = Self { path: path.to_path_buf(), file, finished: false, tensors };
         started.map_err(Error::io(path))?; // drops the writer, which removes the file
         Ok(writer)
     }
@@ -75,8 +75,8 @@ impl SafeTensorsWriter {
             return Err(Error::argument(quoted(name), "each byte written once", found));
         }
         let place = SeekFrom::Start(slot.start + start);
-        let file = self.file.as_mut().expect("the file is taken by `finish` only, which consumes the writer");
-        file.seek(place).and_then(|_| file.write_all(bytes)).map_err(Error::io(&self.path))?;
+        let written = self.file.seek(place).and_then(|_| self.file.write_all(bytes));
+        written.map_err(Error::io(&self.path))?;
         self.slot(name)?.mark(start, end);
         Ok(())
     }
@@ -90,9 +90,8 @@ impl SafeTensorsWriter {
                 return Err(Error::argument(quoted(name), format!("{} bytes written", slot.len), found));
             }
         }
-        let file = self.file.as_ref().expect("the file is taken below only");
-        file.sync_all().map_err(Error::io(&self.path))?;
-        self.file = None;
+        self.file.sync_all().map_err(Error::io(&self.path))?;
+        self.finished = true;
         Ok(())
     }
 
@@ -109,7 +108,7 @@ impl SafeTensorsWriter {
 
 impl Drop for SafeTensorsWriter {
     fn drop(&mut self) {
-        if self.file.take().is_some() {
+        if !self.finished {
             // Half a file is worse than none; if it cannot be removed, its reader will refuse it or find zeros.
             let _ = std::fs::remove_file(&self.path);
         }

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::Model;
-use crate::kernels::attention::KvType;
 
 /// Sizes, kernels and memory of an open model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -43,10 +42,6 @@ pub(super) fn info(model: &Model) -> Info {
     for matrix in model.weights.matrices() {
         *weight_bytes.entry(matrix.layout().name().to_owned()).or_default() += matrix.bytes() as u64;
     }
-    let (kv_type, bytes) = match model.kv {
-        KvType::F32 => ("f32", 4),
-        KvType::F16 => ("f16", 2),
-    };
     let kv_width: usize = model.spec.layers.iter().map(|layer| 2 * layer.attention.kv_width()).sum();
     let first = model.spec.layers.first().map(|layer| &layer.attention);
     Info {
@@ -59,8 +54,8 @@ pub(super) fn info(model: &Model) -> Info {
         context: model.context,
         parameters: model.spec.parameters(),
         weight_bytes,
-        kv_type: kv_type.into(),
-        kv_bytes_per_token: kv_width * bytes,
+        kv_type: model.kv.name().into(),
+        kv_bytes_per_token: kv_width * model.kv.bytes(),
         kernels: model.kernels.names(),
         threads: model.pool.threads(),
     }

@@ -34,7 +34,8 @@ pub struct Session {
 impl Session {
     pub(super) fn new(model: &Model) -> Self {
         let cache = |layer: &super::blocks::Layer| {
-            KvCache::new(layer.attention.kv_heads, layer.attention.head_dim, model.kv)
+            let attention = &layer.attention;
+            KvCache::new(attention.kv_heads, attention.head_dim, model.kv).with_limit(model.context)
         };
         Self {
             model: model.id,

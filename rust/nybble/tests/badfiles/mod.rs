@@ -96,7 +96,7 @@ impl GgufFile {
         }
     }
 
-    /// Some metadata of several types, `a` F32 [2, 3] and `b` Q8_0 [1, 32].
+    /// Some metadata of several types, `a` F32 [2, 3] and `b` `Q8_0` [32].
     pub(crate) fn small() -> Self {
         let vocabulary =
             [&TEXT.to_le_bytes()[..], &3_u64.to_le_bytes(), &text("<s>"), &text(""), &text("é")].concat();

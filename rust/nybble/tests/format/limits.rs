@@ -15,10 +15,13 @@ fn peak() -> Option<usize> {
     Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024)
 }
 
+/// What is wrong, the file, and the reader that must refuse it.
+type Hostile = (&'static str, Vec<u8>, fn(Vec<u8>) -> String);
+
 /// Large files of tiny claims and small files of large claims; each is refused.
-fn hostile() -> Vec<(&'static str, Vec<u8>, fn(Vec<u8>) -> String)> {
+fn hostile() -> Vec<Hostile> {
     const SIZE: usize = 8 << 20;
-    let mut files: Vec<(&str, Vec<u8>, fn(Vec<u8>) -> String)> = Vec::new();
+    let mut files: Vec<Hostile> = Vec::new();
     for count in [1 << 31, 1_u64 << 40, 1 << 63, u64::MAX] {
         let array = |code: u32| [&code.to_le_bytes()[..], &count.to_le_bytes()].concat();
         for (code, value) in [(TEXT, count.to_le_bytes().to_vec()), (ARRAY, array(0)), (ARRAY, array(TEXT))] {

@@ -133,7 +133,9 @@ fn leftovers_of_dead_processes_are_removed() {
         ".out.tmp-x-0".into(),
         format!(".out.tmp-{dead}"),
     ];
-    kept.iter().for_each(|name| make(name));
+    for name in &kept {
+        make(name);
+    }
     make(&format!(".out.tmp-{dead}-0"));
     make(&format!(".out.tmp-{dead}-7"));
     // In use although no such process is seen here, as from another container.

@@ -89,7 +89,7 @@ const REFUSED: &[(&str, usize, &str)] = &[
     // Class 7: nesting has no place to happen.
     (r#"{"a":{"dtype":[[[[[["#, 0, r#""a": dtype: expected the name of a type, found invalid type: sequence, expected a string"#),
     (r#"{"a":"#, 0, r#""a": expected dtype, shape and data_offsets, found EOF while parsing a value"#),
-    (r#"{"a""#, 0, "header: expected valid JSON, found EOF while parsing an object at line 1 column 4"),
+    (r#"{"a"#, 0, "header: expected valid JSON, found EOF while parsing a string at line 1 column 3"),
     (r"{} x", 0, "header: expected valid JSON, found trailing characters at line 1 column 4"),
     (r"[]", 0, r#"header: expected a JSON object that starts with '{', found "[]""#),
     (r"", 8, r#"header: expected a JSON object that starts with '{', found """#),

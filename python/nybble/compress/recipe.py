@@ -1,0 +1,305 @@
+"""What to do to which part of a model, as data.
+
+A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
+
+    weights: {bits: 4, group: 32, symmetric: false, method: rtn}
+    activations: {bits: 8, strategy: group}
+    embedding: {bits: 8, group: 32, symmetric: true}
+    head: {bits: 8, group: 32, symmetric: true}
+    ignore: ["re:.*down_proj", "model.layers.0.*"]
+    floats: auto
+
+Every key may be left out. Options given beside a recipe take the place of what it says. A key that
+is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
+
+``ignore`` names linears, the embedding or the head by path, by a pattern with ``*``, or by ``re:``
+and a regular expression for the whole path; they stay in 16 bits. ``floats`` says in which type the
+matrices are written that stay floats: ``auto`` keeps 16-bit types and writes float32 as bfloat16
+and what a GGUF file had quantized as float16; ``bf16`` and ``f16`` force one. Vectors (norms,
+biases) keep 32 bits if they had them.
+
+A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nybble.errors import ArgumentError, ConfigError
+from nybble.quant import METHODS
+from nybble.quant.base import GROUPS, Quantizer, Scheme
+from nybble.registry import unknown
+from nybble.runtime.files import read_text
+
+__all__ = ["Activations", "Matrix", "Recipe", "Weights", "read", "shipped"]
+
+_MAX_FILE = 1 << 20
+
+
+def _check(where: str, found: object, accepted: tuple[object, ...]) -> None:
+    # `True == 1` and `8.0 == 8`: a recipe that says so is mistaken all the same.
+    if not any(found == value and type(found) is type(value) for value in accepted):
+        shown = ", ".join("null" if value is None else str(value) for value in accepted)
+        message = f"recipe: {where}: expected one of {shown}; found {found!r:.60}"
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The linears of the layers.
+
+    Parameters
+    ----------
+    bits
+        Bits a weight: 4, 8, or 16 for floats.
+    group
+        Weights that share a scale: 32, 64, 128, or ``None`` for a whole row. Where it does not
+        divide a matrix's rows, that matrix has the largest smaller one that does.
+    symmetric
+        Whether groups are centred on zero; ``None`` leaves it to the bits: 8-bit weights are, 4-bit
+        ones are not.
+    method
+        A name in :data:`nybble.quant.METHODS`, or a mapping with that ``name`` and the method's
+        settings.
+    """
+
+    bits: int = 4
+    group: int | None = 32
+    symmetric: bool | None = None
+    method: str | Mapping[str, Any] = "rtn"
+
+    def __post_init__(self) -> None:
+        _check("weights.bits", self.bits, (4, 8, 16))
+        _check("weights.group", self.group, (*GROUPS, None))
+        _check("weights.symmetric", self.symmetric, (True, False, None))
+
+    def quantizer(self) -> Quantizer:
+        """Return the method, made with its settings."""
+        if isinstance(self.method, Mapping):
+            settings = dict(self.method)
+            name = settings.pop("name", None)
+        else:
+            name, settings = self.method, {}
+        if not isinstance(name, str):
+            message = f"recipe: weights.method: expected a name, found {name!r:.60}"
+            raise ConfigError(message)
+        method = METHODS.lookup(name)
+        return _make(method, settings, f"weights.method {name}")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of linears.
+
+    Parameters
+    ----------
+    bits
+        8, or 16 to leave them in float.
+    strategy
+        One scale for each ``group`` of a token's values, as wide as the weights' group, or one for
+        the whole ``token``.
+    """
+
+    bits: int = 8
+    strategy: str = "group"
+
+    def __post_init__(self) -> None:
+        _check("activations.bits", self.bits, (8, 16))
+        _check("activations.strategy", self.strategy, ("group", "token"))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The embedding, or the head.
+
+    Parameters
+    ----------
+    bits
+        4, 8 or 16; ``None`` for 8 where the weights are quantized, else 16.
+    group
+        Values that share a scale; ``"weights"`` for as many as of the weights.
+    symmetric
+        As of the weights.
+    """
+
+    bits: int | None = None
+    group: int | str | None = "weights"
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check("embedding/head.bits", self.bits, (4, 8, 16, None))
+        _check("embedding/head.group", self.group, (*GROUPS, "weights", None))
+        _check("embedding/head.symmetric", self.symmetric, (True, False, None))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of it; see the module."""
+
+    weights: Weights = field(default_factory=Weights)
+    activations: Activations = field(default_factory=Activations)
+    embedding: Matrix = field(default_factory=Matrix)
+    head: Matrix = field(default_factory=Matrix)
+    ignore: tuple[str, ...] = ()
+    floats: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check("floats", self.floats, ("auto", "bf16", "f16"))
+        self.weights.quantizer()  # its settings are checked now, not an hour into the work
+
+    def linear_scheme(self) -> Scheme | None:
+        """Return the scheme of the layers' linears; ``None`` leaves them in float."""
+        weights = self.weights
+        return self._scheme(weights.bits, weights.group, weights.symmetric)
+
+    def matrix_scheme(self, matrix: Matrix) -> Scheme | None:
+        """Return the scheme of the embedding or the head; ``None`` leaves it in float."""
+        bits = matrix.bits
+        if bits is None:
+            bits = 8 if self.weights.bits < 16 else 16
+        group = self.weights.group if matrix.group == "weights" else matrix.group
+        return self._scheme(bits, group if isinstance(group, int) else None, matrix.symmetric)
+
+    def _scheme(self, bits: int, group: int | None, symmetric: bool | None) -> Scheme | None:
+        if bits == 16:
+            return None
+        if symmetric is None:
+            symmetric = bits == 8
+        return Scheme(bits, group, symmetric, self.activations.bits, self.activations.strategy)
+
+    def with_options(
+        self,
+        weights: int | None = None,
+        activations: int | None = None,
+        group: int | None = None,
+        symmetric: bool | None = None,
+    ) -> Recipe:
+        """Return the recipe with what an option says in the place of what it said."""
+        changes = {"bits": weights, "group": group, "symmetric": symmetric}
+        given = {name: value for name, value in changes.items() if value is not None}
+        acts = {} if activations is None else {"bits": activations}
+        return dataclasses.replace(
+            self,
+            weights=dataclasses.replace(self.weights, **given),
+            activations=dataclasses.replace(self.activations, **acts),
+        )
+
+    def to_yaml(self) -> str:
+        """Return the recipe as a file that :func:`read` reads, every key written out."""
+        values = dataclasses.asdict(self)
+        values["ignore"] = list(self.ignore)
+        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
+def shipped() -> dict[str, str]:
+    """Return the recipes that come with nybble: name and first comment line."""
+    found = {}
+    for file in resources.files("nybble.compress").joinpath("recipes").iterdir():
+        if file.name.endswith(".yaml"):
+            first = file.read_text(encoding="utf-8").partition("\n")[0]
+            found[file.name.removesuffix(".yaml")] = first.lstrip("# ")
+    return dict(sorted(found.items()))
+
+
+def read(recipe: Recipe | Mapping[str, Any] | str | Path | None) -> Recipe:
+    """Return a recipe from whatever names or describes one.
+
+    Parameters
+    ----------
+    recipe
+        A recipe; a mapping with its keys; the path of a YAML file; the name of a shipped one; or
+        ``None`` for the defaults.
+
+    Raises
+    ------
+    ArgumentError
+        When there is neither a file nor a shipped recipe of that name.
+    ConfigError
+        When a key or a value is not known.
+    """
+    if recipe is None:
+        return Recipe()
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _recipe(recipe)
+    names = shipped()
+    if isinstance(recipe, str) and recipe in names:
+        file = resources.files("nybble.compress").joinpath("recipes", f"{recipe}.yaml")
+        return _recipe(_parse(file.read_text(encoding="utf-8"), recipe))
+    path = Path(recipe)
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise ArgumentError(unknown("recipe", recipe, names) + "; or give a YAML file")
+    return _recipe(_parse(read_text(path, _MAX_FILE), str(path)))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and no key twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            message = f"the key {key.value!r} stands there twice"
+            raise yaml.YAMLError(message)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _parse(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        # A SafeLoader underneath: it makes numbers, texts, lists and mappings only.
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        message = f"{where}: expected YAML: {error}"
+        raise ConfigError(message) from None
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        message = f"{where}: expected a mapping, found {type(value).__name__}"
+        raise ConfigError(message)
+    return value
+
+
+def _recipe(values: Mapping[str, Any]) -> Recipe:
+    sections: dict[str, type[Any]] = {
+        "weights": Weights,
+        "activations": Activations,
+        "embedding": Matrix,
+        "head": Matrix,
+    }
+    made = dict(values)
+    for name, kind in sections.items():
+        if name in made:
+            if not isinstance(made[name], Mapping):
+                message = f"recipe: {name}: expected a mapping, found {made[name]!r:.60}"
+                raise ConfigError(message)
+            made[name] = _make(kind, made[name], name)
+    if "ignore" in made:
+        patterns = made["ignore"]
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+            message = f"recipe: ignore: expected a list of patterns, found {patterns!r:.60}"
+            raise ConfigError(message)
+        made["ignore"] = tuple(patterns)
+    return _make(Recipe, made, "recipe")
+
+
+def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """Make a dataclass from a mapping, refusing keys it does not have."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(unknown(f"key in {where}", name, names))
+    return kind(**values)

@@ -1,0 +1,238 @@
+"""The extension's other parts: files, rounding, the machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nybble import _nybble
+from nybble.errors import ArgumentError, FileError, FormatError, MissingFileError, UnsupportedError
+from tiny import write_llama
+
+
+def test_writing_safetensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    entries = [("a", "F32", [2, 3]), ("b", "I32", [4]), ("c", "F16", []), ("d", "U8", [0, 5])]
+    writer = _nybble.SafeTensorsWriter(str(path), entries)
+    a = np.arange(6, dtype=np.float32).reshape(2, 3)
+    writer.write_at("a", 12, a[1])
+    writer.write_at("a", 0, memoryview(a[0].tobytes()))
+    writer.write("b", np.arange(8, dtype=np.int32)[::2])
+    writer.write("c", np.float16(1.5))
+    writer.write("d", b"")
+    writer.finish()
+    read = load_file(path)
+    assert np.array_equal(read["a"], a)
+    assert read["b"].tolist() == [0, 2, 4, 6]
+    assert read["c"] == np.float16(1.5)
+    assert read["d"].shape == (0, 5)
+    with pytest.raises(ArgumentError, match="finished"):
+        writer.write("a", a)
+
+
+def test_files_that_are_not_finished_go(tmp_path):
+    path = tmp_path / "x.safetensors"
+    writer = _nybble.SafeTensorsWriter(str(path), [("a", "F32", [2])])
+    for data in (np.zeros(3, dtype=np.float32), b"abc", bytearray(9)):
+        with pytest.raises(ArgumentError, match="8 bytes"):
+            writer.write("a", data)
+    with pytest.raises(ArgumentError):
+        writer.write("b", b"")
+    with pytest.raises(ArgumentError):
+        writer.write_at("a", 8, b"x")
+    with pytest.raises(ArgumentError):
+        writer.write_at("a", sys.maxsize, b"x")
+    with pytest.raises(ArgumentError, match="bytes written"):
+        writer.finish()
+    del writer
+    assert not path.exists()
+    with pytest.raises(UnsupportedError, match="F12"):
+        _nybble.SafeTensorsWriter(str(path), [("a", "F12", [2])])
+    with pytest.raises((ArgumentError, FormatError)):
+        _nybble.SafeTensorsWriter(str(path), [("a", "F32", [1 << 62, 1 << 62])])
+    with pytest.raises(MissingFileError, match="nowhere"):
+        _nybble.SafeTensorsWriter(str(tmp_path / "nowhere" / "x"), [])
+
+
+def test_staged_folders(tmp_path):
+    final = tmp_path / "out"
+    with _nybble.StagedFolder(str(final)) as stage:
+        inside = os.path.join(stage.path, "config.json")  # noqa: PTH118
+        with open(inside, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write("{}")
+        assert not final.exists()
+        stage.commit()
+    assert (final / "config.json").read_text() == "{}"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ArgumentError, match="done with"):
+        stage.commit()
+    with pytest.raises((ArgumentError, FileError)):
+        _nybble.StagedFolder(str(final))
+    with _nybble.StagedFolder(str(final), overwrite=True) as stage:
+        pass
+    assert (final / "config.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_no_folder(tmp_path):
+    def fail():
+        with _nybble.StagedFolder(str(tmp_path / "out")):
+            message = "on purpose"
+            raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding(bits, symmetric):
+    weights = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
+    codes, scales, zeros = _nybble.rtn(weights, bits, 32, symmetric)
+    assert codes.shape == (5, 96)
+    assert codes.dtype == np.uint8
+    assert codes.max() < 1 << bits
+    assert scales.shape == (5, 3)
+    assert (zeros is None) == symmetric
+    middle = np.full((5, 3), 1 << (bits - 1)) if zeros is None else zeros
+    back = np.repeat(scales, 32, 1) * (codes.astype(np.float32) - np.repeat(middle, 32, 1))
+    assert np.abs(back - weights).max() < (0.5 if bits == 4 else 0.03)
+
+
+def test_rounding_what_cannot_be_rounded():
+    weights = np.ones((4, 32), dtype=np.float32)
+    for bits in (0, 3, 16):
+        with pytest.raises(ArgumentError, match="bits"):
+            _nybble.rtn(weights, bits, 32, True)
+    with pytest.raises(ArgumentError, match="finite"):
+        _nybble.rtn(weights * np.nan, 4, 32, True)
+    with pytest.raises(ArgumentError, match="contiguous"):
+        _nybble.rtn(weights[:, ::2], 4, 32, True)
+    with pytest.raises(ArgumentError, match="threads"):
+        _nybble.rtn(weights, 4, 32, True, 0)
+    with pytest.raises(TypeError):
+        _nybble.rtn(weights.astype(np.float64), 4, 32, True)
+    codes, scales, _ = _nybble.rtn(np.zeros((0, 32), dtype=np.float32), 4, 32, True)
+    assert codes.shape == (0, 32)
+    assert scales.shape == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("checkpoint") / "llama")
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_reading_a_checkpoint(folder, mmap):
+    checkpoint = _nybble.Checkpoint.open(str(folder), mmap)
+    assert checkpoint.kind == "folder"
+    assert json.loads(checkpoint.config())["model_type"] == "llama"
+    stored = load_file(folder / "model.safetensors")
+    tensors = checkpoint.tensors()
+    assert {name: (kind, tuple(shape)) for name, (kind, shape) in tensors.items()} == {
+        name: ("F32", array.shape) for name, array in stored.items()
+    }
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert np.array_equal(checkpoint.read(name), stored[name])
+    assert np.array_equal(checkpoint.read(name, 3, 7), stored[name][3:7])
+    assert checkpoint.read(name, 3, 3).shape == (0, 96)
+    assert checkpoint.raw(name) == stored[name].tobytes()
+    norm = "model.norm.weight"
+    assert np.array_equal(checkpoint.read(norm), stored[norm][None])
+    assert checkpoint.read(norm, 1).shape == (0, 64)
+    assert checkpoint.gguf_metadata() == {}
+    for start, stop in ((5, 3), (0, 65), (66, None)):
+        with pytest.raises(ArgumentError, match="range"):
+            checkpoint.read(name, start, stop)
+    for call in (checkpoint.read, checkpoint.raw):
+        with pytest.raises(FormatError, match="nothing"):
+            call("nothing.of.the.kind")
+
+
+def test_the_plan(folder):
+    plan = json.loads(_nybble.Checkpoint.open(str(folder)).plan())
+    assert plan["family"] == "llama"
+    assert not plan["tied"]
+    assert set(plan["tensors"]) == set(_nybble.Checkpoint.open(str(folder)).tensors())
+    assert len(plan["tensors"]) == len(set(plan["tensors"]))
+    linears = {linear["module"]: linear for linear in plan["linears"]}
+    assert len(linears) == 15
+    assert linears["model.layers.1.mlp.down_proj"] == {
+        "module": "model.layers.1.mlp.down_proj",
+        "rows": 64,
+        "cols": 96,
+        "bias": False,
+        "transposed": False,
+        "role": "down",
+    }
+    assert linears["lm_head"]["role"] == "head"
+    assert plan["embeddings"] == [{"module": "model.embed_tokens", "rows": 290, "cols": 64}]
+
+
+def test_gguf_metadata(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_uint32("n.u32", 7)
+    writer.add_int64("n.i64", -7)
+    writer.add_float32("n.f32", 0.5)
+    writer.add_bool("n.bool", True)
+    writer.add_string("n.text", "é")
+    writer.add_array("n.texts", ["a", "", "日"])
+    writer.add_array("n.numbers", [1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    try:
+        metadata = _nybble.Checkpoint.open(str(path)).gguf_metadata()
+    except (FormatError, UnsupportedError) as error:
+        pytest.skip(f"a file without tensors is refused: {error}")
+    assert metadata["n.texts"] == ["a", "", "日"]
+    assert metadata["n.numbers"] == [1, 2, 3]
+
+
+def test_the_machine():
+    found = json.loads(_nybble.doctor())
+    assert found["isa"]["scalar"] == {"detected": True, "allowed": True}
+    assert found["isa"][found["best"]]["allowed"]
+    assert found["threads_default"] >= 1
+    assert any(name.startswith("w4a8/") for name in found["kernels"])
+    assert _nybble.version() == found["version"]
+    assert _nybble.read_bandwidth(1, 64) > 1e8
+    for threads, megabytes in ((0, 64), (1, 0), (1, 1 << 40)):
+        with pytest.raises(ArgumentError):
+            _nybble.read_bandwidth(threads, megabytes)
+
+
+@pytest.mark.parametrize(("isa", "fine"), [("scalar", True), ("avx9", False)])
+def test_the_tier_can_be_lowered(isa, fine):
+    code = "import json; from nybble import _nybble; print(json.loads(_nybble.doctor())['best'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NYBBLE_ISA": isa},
+    )
+    if fine:
+        assert run.stdout.strip() == isa
+    else:
+        assert "ArgumentError" in run.stderr
+        assert "NYBBLE_ISA" in run.stderr
+
+
+def test_the_stub_tells_the_truth():
+    pytest.importorskip("mypy")
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "nybble._nybble"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
