@@ -10,8 +10,8 @@ and divides them out again where they are read, which is exact but for float rou
 * the rows of ``v`` (and its bias) and the columns of ``o`` of every query head that reads that
   value head.
 
-Factors are log-uniform in [0.75, 1.33] from a fixed seed. The embedding is left as it is: it is tied
-or read by an addition, so no such pair exists for it.
+Factors are log-uniform in [0.75, 1.33] from a fixed seed. The embedding is left as it is: it is
+tied, or read by an addition, so no such pair exists for it.
 
 Usage::
 

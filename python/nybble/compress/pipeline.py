@@ -238,17 +238,16 @@ class _Writing:
         total = np.zeros(2)
         for start, block in self._blocks(item, whole=not self.quantizer.by_rows):
             done = self.quantizer.quantize(block, scheme, threads=self.threads)
-            writer.write_at(
-                f"{name}.weight_packed", start * row_bytes, pack(done.codes, scheme.bits)
-            )
+            packed = pack(done.codes, scheme.bits)
+            writer.write_at(f"{name}.weight_packed", start * row_bytes, packed.data)
             scales = done.scales.astype("<f2")
-            writer.write_at(f"{name}.weight_scale", start * groups * 2, scales)
+            writer.write_at(f"{name}.weight_scale", start * groups * 2, scales.data)
             if done.zeros is not None:
                 word = start // rows_per_word(scheme.bits)
                 zeros = pack_zeros(done.zeros, scheme.bits)
-                writer.write_at(f"{name}.weight_zero_point", word * groups * 4, zeros)
+                writer.write_at(f"{name}.weight_zero_point", word * groups * 4, zeros.data)
             total += done.squared_error(block)
-        writer.write(f"{name}.weight_shape", np.array([rows, cols], dtype="<i8"))
+        writer.write(f"{name}.weight_shape", np.array([rows, cols], dtype="<i8").data)
         return float(total[0]), float(total[1])
 
     def _float(self, item: Item, writer: _nybble.SafeTensorsWriter) -> tuple[float, float]:
@@ -262,7 +261,7 @@ class _Writing:
                     f"{item.dtype}, found {np.abs(block).max()}; set floats to another type"
                 )
                 raise FormatError(message)
-            writer.write_at(item.tensor, start * row * size, stored)
+            writer.write_at(item.tensor, start * row * size, stored.data)
             if item.stored != item.dtype:
                 error += float(np.square(block - back).sum(dtype=np.float64))
             norm += float(np.square(block).sum(dtype=np.float64))

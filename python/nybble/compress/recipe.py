@@ -90,8 +90,8 @@ class Weights:
         if not isinstance(name, str):
             message = f"recipe: weights.method: expected a name, found {name!r:.60}"
             raise ConfigError(message)
-        method = METHODS.lookup(name)
-        return _make(method, settings, f"weights.method {name}")
+        quantizer: Quantizer = _make(METHODS.lookup(name), settings, f"weights.method {name}")
+        return quantizer
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,17 @@ class Recipe:
         symmetric: bool | None = None,
     ) -> Recipe:
         """Return the recipe with what an option says in the place of what it said."""
-        changes = {"bits": weights, "group": group, "symmetric": symmetric}
-        given = {name: value for name, value in changes.items() if value is not None}
-        acts = {} if activations is None else {"bits": activations}
-        return dataclasses.replace(
-            self,
-            weights=dataclasses.replace(self.weights, **given),
-            activations=dataclasses.replace(self.activations, **acts),
+        old = self.weights
+        new = dataclasses.replace(
+            old,
+            bits=old.bits if weights is None else weights,
+            group=old.group if group is None else group,
+            symmetric=old.symmetric if symmetric is None else symmetric,
         )
+        inputs = self.activations
+        if activations is not None:
+            inputs = dataclasses.replace(inputs, bits=activations)
+        return dataclasses.replace(self, weights=new, activations=inputs)
 
     def to_yaml(self) -> str:
         """Return the recipe as a file that :func:`read` reads, every key written out."""
@@ -232,7 +235,7 @@ def read(recipe: Recipe | Mapping[str, Any] | str | Path | None) -> Recipe:
         return _recipe(recipe)
     names = shipped()
     if isinstance(recipe, str) and recipe in names:
-        file = resources.files("nybble.compress").joinpath("recipes", f"{recipe}.yaml")
+        file = resources.files("nybble.compress").joinpath("recipes").joinpath(f"{recipe}.yaml")
         return _recipe(_parse(file.read_text(encoding="utf-8"), recipe))
     path = Path(recipe)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
@@ -293,7 +296,8 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
             message = f"recipe: ignore: expected a list of patterns, found {patterns!r:.60}"
             raise ConfigError(message)
         made["ignore"] = tuple(patterns)
-    return _make(Recipe, made, "recipe")
+    recipe: Recipe = _make(Recipe, made, "recipe")
+    return recipe
 
 
 def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:

@@ -44,7 +44,7 @@ def pack(codes: Codes, bits: int) -> Words:
     if spare := -cols % per_word:
         codes = np.pad(codes, ((0, 0), (0, spare)))
     if bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
     packed: Words = np.ascontiguousarray(codes).view("<i4").reshape(rows, -1)
     return packed
 

@@ -3,8 +3,11 @@
 #![deny(missing_docs)]
 
 pub mod cpu;
+pub mod decode;
 pub mod error;
 pub mod format;
+pub mod kernels;
+pub mod model;
 pub mod pack;
 pub mod probe;
 pub mod solve;

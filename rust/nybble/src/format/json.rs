@@ -11,6 +11,7 @@ use std::path::Path;
 use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+use super::foreign::refuse_foreign;
 use super::mapped::{open_regular, read_all};
 use super::strict::Faults;
 use super::tensor::quoted;
@@ -44,7 +45,7 @@ pub fn parse(path: impl AsRef<Path>, text: &[u8]) -> Result<Value> {
     })
 }
 
-/// The bytes of a text file of at most `max_bytes`.
+/// The bytes of a JSON file of at most `max_bytes`.
 pub(crate) fn read_text(path: &Path, max_bytes: usize) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
     let len = file.metadata().map_err(Error::io(path))?.len();
@@ -56,7 +57,9 @@ pub(crate) fn read_text(path: &Path, max_bytes: usize) -> Result<Vec<u8>> {
             format!("{len} bytes"),
         ));
     }
-    read_all(path, file, len)
+    let text = read_all(path, file, len)?;
+    refuse_foreign(path, &text, "JSON text")?;
+    Ok(text)
 }
 
 struct Limits<'a> {

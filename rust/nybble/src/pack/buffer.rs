@@ -2,8 +2,10 @@
 
 #![allow(unsafe_code)]
 
-use std::alloc::{alloc, dealloc};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
+
+use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::threads::Pool;
@@ -11,92 +13,69 @@ use crate::threads::Pool;
 /// Alignment of every buffer: a cache line, and the widest vector load.
 pub(crate) const ALIGN: usize = 64;
 
-/// Size of a large page. Buffers of several of them start on such a boundary, so the system can back them with large
-/// pages: decode then misses the TLB once in 2 MiB instead of once in 4 KiB.
+/// Size of a large page.
 const LARGE_PAGE: usize = 2 << 20;
+
+/// From this size on a buffer is a mapping of its own in large pages, where the system has them: decode then misses the
+/// TLB once in 2 MiB instead of once in 4 KiB, and packing takes one page fault instead of 512.
+const MAPPED: usize = 2 * LARGE_PAGE;
 
 /// Immutable bytes, aligned to [`ALIGN`], of exactly the requested length.
 ///
-/// The length is exact on purpose: a kernel that reads past the end of a matrix is caught by address sanitizers instead of
-/// silently reading padding.
+/// Small buffers are allocations of the exact length, so that an address sanitizer catches a kernel that reads past the
+/// end of a matrix.
+#[derive(Debug)]
 pub(crate) struct Buffer {
+    memory: Memory,
+    /// Where the bytes start in the memory, and how many there are.
+    start: usize,
+    len: usize,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Heap(Heap),
+    Map(MmapMut),
+}
+
+/// An aligned allocation; empty ones hold no memory.
+#[derive(Debug)]
+struct Heap {
     data: NonNull<u8>,
-    layout: std::alloc::Layout,
+    layout: Layout,
 }
 
-// SAFETY: the buffer owns its memory and gives out shared references to it only.
-unsafe impl Send for Buffer {}
+// SAFETY: it owns its memory, like a `Box<[u8]>`.
+unsafe impl Send for Heap {}
 // SAFETY: as above.
-unsafe impl Sync for Buffer {}
+unsafe impl Sync for Heap {}
 
-impl std::fmt::Debug for Buffer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Buffer").field("len", &self.layout.size()).finish_non_exhaustive()
-    }
-}
-
-/// The uninitialised start of a buffer, shared with the threads that fill it.
-struct Base(*mut u8);
-
-// SAFETY: `build` gives every thread its own units.
-unsafe impl Sync for Base {}
-
-impl Base {
-    fn get(&self) -> *mut u8 {
-        self.0
-    }
-}
-
-impl Buffer {
-    /// `units` runs of `unit` bytes; `fill(i, bytes)` writes run `i`, which it gets zeroed.
-    ///
-    /// The runs are filled on the pool's threads, so each page is first touched by the thread that will later read it. A
-    /// size the system cannot give is an error about `name`.
-    pub(crate) fn build(
-        name: &str,
-        units: usize,
-        unit: usize,
-        pool: &Pool,
-        fill: &(dyn Fn(usize, &mut [u8]) + Sync),
-    ) -> Result<Self> {
-        let refused = || Error::argument(name, format!("memory for {units} x {unit} bytes"), "out of memory");
-        let len = units.checked_mul(unit).ok_or_else(refused)?;
-        let align = if len >= 2 * LARGE_PAGE { LARGE_PAGE } else { ALIGN };
-        let layout = std::alloc::Layout::from_size_align(len, align).map_err(|_| refused())?;
+impl Heap {
+    fn new(len: usize) -> Option<Self> {
+        let layout = Layout::from_size_align(len, ALIGN).ok()?;
         if len == 0 {
-            return Ok(Self { data: NonNull::<Line>::dangling().cast(), layout });
+            return Some(Self { data: NonNull::<Line>::dangling().cast(), layout });
         }
         // SAFETY: the size is not zero.
-        let data = NonNull::new(unsafe { alloc(layout) }).ok_or_else(refused)?;
-        // Made before filling: if `fill` panics, the memory is freed and nobody sees the unfilled part.
-        let buffer = Self { data, layout };
-        let base = Base(buffer.data.as_ptr());
-        pool.split(units, 1, &|range| {
-            for i in range {
-                // SAFETY: run `i` lies inside the allocation, and `split` gives `i` to one thread only. The bytes are
-                // initialised before a slice of them exists.
-                let run = unsafe {
-                    let start = base.get().add(i * unit);
-                    start.write_bytes(0, unit);
-                    std::slice::from_raw_parts_mut(start, unit)
-                };
-                fill(i, run);
-            }
-        });
-        Ok(buffer)
+        let data = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self { data, layout })
     }
 
-    /// The bytes.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: `build` initialised all of them, and nothing writes them afterwards.
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: `new` allocated and zeroed this many bytes.
         unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.layout.size()) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.layout.size()) }
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Heap {
     fn drop(&mut self) {
         if self.layout.size() > 0 {
-            // SAFETY: allocated in `build` with this layout.
+            // SAFETY: allocated in `new` with this layout.
             unsafe { dealloc(self.data.as_ptr(), self.layout) }
         }
     }
@@ -107,6 +86,60 @@ impl Drop for Buffer {
 struct Line;
 
 const _: () = assert!(align_of::<Line>() == ALIGN);
+
+impl Buffer {
+    /// `units` runs of `unit` bytes; `fill(i, bytes)` writes run `i`, which it gets zeroed.
+    ///
+    /// The runs are filled on the pool's threads, so the pages of a large buffer are first touched, and so provided by the
+    /// system, in parallel. A size the system cannot give is an error about `name`.
+    pub(crate) fn build(
+        name: &str,
+        units: usize,
+        unit: usize,
+        pool: &Pool,
+        fill: &(dyn Fn(usize, &mut [u8]) + Sync),
+    ) -> Result<Self> {
+        let refused = || Error::argument(name, format!("memory for {units} x {unit} bytes"), "out of memory");
+        let len = units.checked_mul(unit).ok_or_else(refused)?;
+        let mut buffer = Self::zeroed(len).ok_or_else(refused)?;
+        if len > 0 {
+            pool.split_rows(buffer.bytes_mut(), unit, &|first, runs| {
+                for (i, run) in runs.chunks_exact_mut(unit).enumerate() {
+                    fill(first + i, run);
+                }
+            });
+        }
+        Ok(buffer)
+    }
+
+    fn zeroed(len: usize) -> Option<Self> {
+        if len < MAPPED {
+            return Some(Self { memory: Memory::Heap(Heap::new(len)?), start: 0, len });
+        }
+        let mapped = len.checked_add(LARGE_PAGE).filter(|&n| n <= isize::MAX as usize)?;
+        let map = MmapMut::map_anon(mapped).ok()?;
+        let start = map.as_ptr().align_offset(LARGE_PAGE).min(LARGE_PAGE);
+        // Whole pages only: the rest of the last one would be memory held for nothing. A refusal changes no result.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise_range(memmap2::Advice::HugePage, start, len / LARGE_PAGE * LARGE_PAGE);
+        Some(Self { memory: Memory::Map(map), start, len })
+    }
+
+    /// The bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match &self.memory {
+            Memory::Heap(heap) => heap.bytes(),
+            Memory::Map(map) => &map[self.start..][..self.len],
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.memory {
+            Memory::Heap(heap) => heap.bytes_mut(),
+            Memory::Map(map) => &mut map[self.start..][..self.len],
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -136,7 +169,7 @@ mod tests {
     #[test]
     fn impossible_sizes_are_errors() {
         let pool = Pool::new(1).expect("a pool");
-        for (units, unit) in [(usize::MAX, 2), (1, isize::MAX as usize), (1 << 40, 1 << 20)] {
+        for (units, unit) in [(usize::MAX, 2), (1, isize::MAX as usize), (1 << 40, 1 << 20), (1, usize::MAX)] {
             let error = Buffer::build("w", units, unit, &pool, &|_, _| {}).expect_err("too large");
             assert!(error.to_string().starts_with("w: "), "{error}");
         }

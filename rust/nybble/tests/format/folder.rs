@@ -244,7 +244,8 @@ fn broken_indexes_are_refused() {
         (r#"{"weight_map":{"a":"x","a":"x"}}"#, "\"a\": expected one file for this tensor, found a second entry".into()),
         (r#"{"weight_map":{},"weight_map":{}}"#, "weight_map: expected one, found a second one".into()),
         (r#"{"weight_map":{"":"x"}}"#, "tensor name \"\": expected a name, found an empty one".into()),
-        ("", "index: expected valid JSON, found EOF while parsing a value".into()),
+        ("", "contents: expected JSON text, found an empty file".into()),
+        (" ", "index: expected valid JSON, found EOF while parsing a value".into()),
     ] {
         fs::write(folder.path().join(INDEX), text).expect("a file");
         let message = refused(folder.path());
