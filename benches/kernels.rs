@@ -39,8 +39,18 @@ fn weights(pool: &Pool, bits: u32, (rows, cols): (usize, usize), group: usize) -
     let row_bytes = cols * bits as usize / 8;
     let codes = noise(rows * row_bytes);
     let scales = vec![0.01; rows * cols / group];
-    let source =
-        IntSource { name: "bench", rows, cols, bits, group, codes: &codes, row_bytes, scales: &scales, zeros: None, row_map: None };
+    let source = IntSource {
+        name: "bench",
+        rows,
+        cols,
+        bits,
+        group,
+        codes: &codes,
+        row_bytes,
+        scales: &scales,
+        zeros: None,
+        row_map: None,
+    };
     Packed::from_int(&source, pool).expect("good weights")
 }
 
@@ -58,7 +68,10 @@ fn matmul(c: &mut Criterion, op: &str, bits: u32, kernels: &[&'static dyn IntMat
     let pool = pool();
     for (name, shape, rows) in [("decode", LARGE, 1), ("prefill", SMALL, PREFILL_ROWS)] {
         let mut group = c.benchmark_group(format!("{op}/{name}"));
-        group.sample_size(10).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
+        group
+            .sample_size(10)
+            .measurement_time(Duration::from_secs(1))
+            .warm_up_time(Duration::from_millis(300));
         for columns in [32, 128] {
             let w = weights(&pool, bits, shape, columns);
             let x = activations(&pool, rows, shape.1, columns);
@@ -97,7 +110,9 @@ fn quantizing(c: &mut Criterion) {
     for kernel in quantize::kernels() {
         group.bench_function(kernel.isa().name(), |b| {
             b.iter(|| {
-                activations.quantize(&pool, kernel, &x, rows, cols, 32, Granularity::Group).expect("good input");
+                activations
+                    .quantize(&pool, kernel, &x, rows, cols, 32, Granularity::Group)
+                    .expect("good input");
             });
         });
     }

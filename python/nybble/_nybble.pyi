@@ -1,6 +1,7 @@
 """The extension module: nybble's Rust core as Python sees it."""
 
 from collections.abc import Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, final
 
@@ -8,6 +9,20 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer, Self
 
+__all__ = [
+    "Checkpoint",
+    "Generator",
+    "Model",
+    "SafeTensorsWriter",
+    "Session",
+    "StagedFolder",
+    "doctor",
+    "read_bandwidth",
+    "rtn",
+    "version",
+]
+
+_Path: TypeAlias = str | PathLike[str]
 _Ids: TypeAlias = npt.NDArray[np.uint32]
 _Floats: TypeAlias = npt.NDArray[np.float32]
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -16,7 +31,7 @@ _Bytes: TypeAlias = npt.NDArray[np.uint8]
 class Model:
     @staticmethod
     def open(
-        path: str,
+        path: _Path,
         threads: int | None = None,
         context: int | None = None,
         kv: str | None = None,
@@ -35,7 +50,7 @@ class Session:
         self,
         prompt: _Ids,
         max_new: int,
-        stop: Sequence[int] = (),
+        stop: Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -56,7 +71,7 @@ class Generator:
 @final
 class Checkpoint:
     @staticmethod
-    def open(path: str, mmap: bool = True) -> Checkpoint: ...
+    def open(path: _Path, mmap: bool = True) -> Checkpoint: ...
     @property
     def kind(self) -> str: ...
     def config(self) -> str: ...
@@ -68,14 +83,14 @@ class Checkpoint:
 
 @final
 class SafeTensorsWriter:
-    def __new__(cls, path: str, entries: Sequence[tuple[str, str, Sequence[int]]]) -> Self: ...
+    def __new__(cls, path: _Path, entries: Sequence[tuple[str, str, Sequence[int]]]) -> Self: ...
     def write(self, name: str, data: Buffer) -> None: ...
     def write_at(self, name: str, offset: int, data: Buffer) -> None: ...
     def finish(self) -> None: ...
 
 @final
 class StagedFolder:
-    def __new__(cls, path: str, overwrite: bool = False) -> Self: ...
+    def __new__(cls, path: _Path, overwrite: bool = False) -> Self: ...
     @property
     def path(self) -> str: ...
     def commit(self) -> None: ...

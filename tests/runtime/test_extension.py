@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import nybble
 from nybble import _nybble
 from nybble.errors import ArgumentError, FileError, FormatError, MissingFileError, UnsupportedError
-from tiny import write_llama
+from tiny import SPECIAL, write_gguf, write_llama
 
 
 def test_writing_safetensors(tmp_path):
@@ -174,27 +175,31 @@ def test_the_plan(folder):
     assert plan["embeddings"] == [{"module": "model.embed_tokens", "rows": 290, "cols": 64}]
 
 
-def test_gguf_metadata(tmp_path):
-    gguf = pytest.importorskip("gguf")
+def test_a_gguf_file(tiny, tiny_folder, tmp_path):
+    pytest.importorskip("gguf")
     path = tmp_path / "x.gguf"
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_uint32("n.u32", 7)
-    writer.add_int64("n.i64", -7)
-    writer.add_float32("n.f32", 0.5)
-    writer.add_bool("n.bool", True)
-    writer.add_string("n.text", "é")
-    writer.add_array("n.texts", ["a", "", "日"])
-    writer.add_array("n.numbers", [1, 2, 3])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    try:
-        metadata = _nybble.Checkpoint.open(str(path)).gguf_metadata()
-    except (FormatError, UnsupportedError) as error:
-        pytest.skip(f"a file without tensors is refused: {error}")
-    assert metadata["n.texts"] == ["a", "", "日"]
-    assert metadata["n.numbers"] == [1, 2, 3]
+    write_gguf(path, tiny_folder)
+    checkpoint = _nybble.Checkpoint.open(str(path))
+    assert checkpoint.kind == "gguf"
+    metadata = checkpoint.gguf_metadata()
+    assert metadata["tokenizer.ggml.eos_token_id"] == 2
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
+    assert metadata["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+    assert metadata["tokenizer.ggml.tokens"][:3] == SPECIAL
+    assert metadata["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    stored = load_file(tiny_folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert np.array_equal(checkpoint.read(name), stored[name])
+    with pytest.raises(UnsupportedError, match="another order"):
+        checkpoint.raw(name)
+    assert checkpoint.raw("lm_head.weight") == stored["lm_head.weight"].tobytes()
+    model = nybble.load(path, threads=2)
+    ids = [5, 6, 7, 8]
+    assert np.array_equal(model.forward(ids), tiny.forward(ids))
+    messages = [{"role": "user", "content": "the cat <|im_end|>"}]
+    assert model.tokenizer.chat(messages) == tiny.tokenizer.chat(messages)
+    assert model.end_ids == tiny.end_ids
+    assert model.chat(messages, 8).tokens == tiny.chat(messages, 8).tokens
 
 
 def test_the_machine():

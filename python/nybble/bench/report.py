@@ -36,9 +36,7 @@ def jsonl_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def markdown_text(columns: Sequence[str], cells: Sequence[Sequence[str]], right: set[int]) -> str:
     """Write a Markdown table with its columns padded to equal width."""
-    widths = [
-        max(len(row[index]) for row in [columns, *cells]) for index in range(len(columns))
-    ]
+    widths = [max(len(row[index]) for row in [columns, *cells]) for index in range(len(columns))]
 
     def line(row: Sequence[str]) -> str:
         padded = [

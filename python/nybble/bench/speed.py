@@ -76,14 +76,22 @@ class SpeedTest:
         return self.prompt or self.gen
 
 
-def bandwidth(threads: int) -> float:
-    """Return the memory's read bandwidth in bytes a second with that many threads."""
+def bandwidth(threads: int | None = None) -> float:
+    """Return the memory's read bandwidth in bytes a second.
+
+    Parameters
+    ----------
+    threads
+        Threads that read; without it as many as a model would use.
+    """
     from nybble import _nybble
 
+    if threads is None:
+        threads = int(json.loads(_nybble.doctor())["threads_default"])
     return float(_nybble.read_bandwidth(threads, BANDWIDTH_MEGABYTES))
 
 
-def tests(
+def combinations(
     prompts: Sequence[int], gens: Sequence[int], depths: Sequence[int] = (0,)
 ) -> list[SpeedTest]:
     """List the tests of all combinations; a length of 0 leaves that kind out."""

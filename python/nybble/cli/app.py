@@ -20,7 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
@@ -39,9 +38,9 @@ app.command("doctor")(verb(doctor.doctor))
 
 def _print_version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
+        from nybble import __version__
 
-        print(f"nybble {version('nybble')}")
+        print(f"nybble {__version__}")
         raise typer.Exit
 
 

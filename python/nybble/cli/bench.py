@@ -93,20 +93,23 @@ def bench(
     The memory bandwidth is measured in the same minute and printed, since decoding is bound by it.
     """
     import nybble
-    from nybble.bench import add_bandwidth, bandwidth, measure, report, tests
+    from nybble.bench import add_bandwidth, bandwidth, combinations, machine, measure, report
     from nybble.cli import output
 
     if as_json and output_format not in (None, "json"):
         msg = f"--json contradicts -o {output_format}."
         raise typer.BadParameter(msg, param_hint="--json")
     form = "json" if as_json else output_format or "table"
-    todo = tests(_lengths(prompt), _lengths(gen), _lengths(depth))
+    todo = combinations(_lengths(prompt), _lengths(gen), _lengths(depth))
     if not todo:
         msg = "-p and -n are both 0: there is nothing to measure."
         raise typer.BadParameter(msg, param_hint="-p")
-    language_model = nybble.load(options.open_path(model), threads)
-    used = language_model.info["threads"]
-    before = bandwidth(used)
+    path = options.open_path(model)
+    before = 0.0
+    if machine.reset_peak_rss():  # else the buffer it reads would count as the model's memory
+        before = bandwidth(threads)
+        machine.reset_peak_rss()
+    language_model = nybble.load(path, threads)
     with output.token_bar("bench", on=not quiet, unit="run") as bar:
         records = measure(
             language_model,
@@ -114,7 +117,7 @@ def bench(
             repeats=repeats,
             on_step=lambda name, done, total: bar.update(done, total, name),
         )
-    add_bandwidth(records, max(before, bandwidth(used)))
+    add_bandwidth(records, max(before, bandwidth(language_model.info["threads"])))
     if form == "json":
         output.emit_json({"results": records})
     elif form == "csv":
@@ -122,14 +125,26 @@ def bench(
     elif form == "jsonl":
         sys.stdout.write(report.jsonl_text(records))
     elif form == "md":
-        sys.stdout.write(report.markdown_text(_COLUMNS, [_cells(r) for r in records], set(_FIGURES)))
+        sys.stdout.write(
+            report.markdown_text(_COLUMNS, [_cells(r) for r in records], set(_FIGURES))
+        )
         output.note(_surroundings(records[0]))
     else:
         output.show(_table(records))
         output.note(_surroundings(records[0]))
 
 
-_COLUMNS = ("model", "size", "params", "weights", "kernel", "threads", "test", "tok/s", "of bandwidth")
+_COLUMNS = (
+    "model",
+    "size",
+    "params",
+    "weights",
+    "kernel",
+    "threads",
+    "test",
+    "tok/s",
+    "of bandwidth",
+)
 
 _FIGURES = (1, 2, 5, 7, 8)
 

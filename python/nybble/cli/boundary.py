@@ -57,13 +57,13 @@ def report(error: Exception) -> None:
 
     if debugging():
         traceback.print_exc()
-    if isinstance(error, NybbleError):
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}"
+    elif isinstance(error, NybbleError):
         text = " ".join(str(error).split())
     elif isinstance(error, MemoryError):
         text = "not enough memory"
-    elif isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}"
     else:
         text = f"{type(error).__name__}: {' '.join(str(error).split())} (a defect of nybble"
         text += ")" if debugging() else "; NYBBLE_DEBUG=1 shows where)"

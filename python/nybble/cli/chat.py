@@ -4,6 +4,7 @@ The history is kept, and so is the key-value cache: an answer costs only the tok
 since the last one.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,9 +28,7 @@ def chat(
     model: options.ModelArgument,
     system: Annotated[
         str | None,
-        typer.Option(
-            "--system", metavar="TEXT", help="System message.", show_default=False
-        ),
+        typer.Option("--system", metavar="TEXT", help="System message.", show_default=False),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -55,9 +54,9 @@ def chat(
     """Talk with a model.
 
     Messages are read line by line, from the terminal or from a pipe. /reset forgets the
-    conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Without --temperature the likeliest
-    token is taken every time. With --json the whole conversation is printed as one object at the
-    end.
+    conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Without --temperature the
+    likeliest token is taken every time. With --json the whole conversation is printed as one object
+    at the end.
     """
     import nybble
     from nybble.cli import output, sampling
@@ -194,10 +193,8 @@ class _Lines:
         self.terminal = sys.stdin.isatty()
         self._prompt = "> " if prompt and self.terminal else ""
         if self.terminal:
-            try:
+            with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  its import gives input() editing and history
-            except ImportError:
-                pass
 
     def next(self) -> str | None:
         """Return the next line, ``None`` at the end."""

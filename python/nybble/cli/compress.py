@@ -10,6 +10,10 @@ from nybble.cli import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.table import Table
+
+    from nybble.compress.report import Report
+
 
 def _one_of(choices: "Sequence[int]") -> Any:
     def check(value: int | None) -> int | None:
@@ -32,40 +36,44 @@ def compress(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="The folder to write.", show_default=False
-        ),
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write.", show_default=False),
     ],
     weights: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--weights", metavar="4|8|16", callback=_one_of((4, 8, 16)), help="Bits a weight."
+            "--weights",
+            metavar="4|8|16",
+            callback=_one_of((4, 8, 16)),
+            help="Bits a weight; 16 leaves them in float.",
+            show_default="the recipe's, 4 without one",
         ),
-    ] = 4,
+    ] = None,
     activations: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--activations",
             metavar="8|16",
             callback=_one_of((8, 16)),
             help="Bits of the activations; 16 leaves them in float.",
+            show_default="the recipe's, 8 without one",
         ),
-    ] = 8,
+    ] = None,
     group: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--group",
             metavar="32|64|128",
             callback=_one_of((32, 64, 128)),
             help="Weights that share a scale.",
+            show_default="the recipe's, 32 without one",
         ),
-    ] = 32,
+    ] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option(
             "--symmetric/--asymmetric",
-            help="Whether a group's grid is centred on zero, or has a zero point of its own.",
-            show_default=False,
+            help="Whether a group's steps are centred on zero, or have a zero point of their own.",
+            show_default="asymmetric for 4 bits, symmetric for 8",
         ),
     ] = None,
     recipe: Annotated[
@@ -73,7 +81,7 @@ def compress(
         typer.Option(
             "--recipe",
             metavar="FILE|NAME",
-            help="What to do to which part; `nybble methods` lists the names.",
+            help="What to do to which part: a YAML file, or a name `nybble methods` lists.",
             show_default=False,
         ),
     ] = None,
@@ -92,8 +100,10 @@ def compress(
     from nybble.cli import output
     from nybble.compress import compress as work
 
+    path = options.open_path(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
     report = work(
-        options.open_path(source),
+        path,
         out,
         weights=weights,
         activations=activations,
@@ -110,8 +120,26 @@ def compress(
         output.show(report_table(report, out))
 
 
-def report_table(report: Any, out: Path) -> Any:
+def report_table(report: "Report", out: Path) -> "Table":
     """Make the short table that ends a compression."""
     from nybble.cli import output
 
-    raise NotImplementedError
+    schemes: dict[str, int] = {}
+    for tensor in report.tensors:
+        if len(tensor.shape) > 1:
+            schemes[tensor.scheme] = schemes.get(tensor.scheme, 0) + tensor.size
+    kinds = sorted(schemes, key=lambda scheme: -schemes[scheme])
+    ratio = report.size_after / report.size_before if report.size_before else 1.0
+    before, after = output.size(report.size_before), output.size(report.size_after)
+    rows = [
+        ("folder", str(out)),
+        ("size", f"{before} -> {after} ({ratio:.0%})"),
+        ("bits a weight", f"{report.bits_per_weight:.2f} over {output.count(report.parameters)}"),
+        ("matrices", ", ".join(f"{kind}: {output.size(schemes[kind])}" for kind in kinds)),
+        ("error", f"{report.mean_error():.2e} of the linears' squared weights, on average"),
+        ("time", output.seconds(report.seconds)),
+    ]
+    rows += [("note", note) for note in report.notes]
+    if report.left_out:
+        rows.append(("left out", f"{len(report.left_out)} tensors that the model does not need"))
+    return output.pairs("", rows)

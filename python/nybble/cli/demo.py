@@ -51,10 +51,9 @@ def demo(
     pulled = hub.fetch(name, progress=not quiet, say=say)
     say(f"compress {pulled.path}")
     folder = hub.cache_dir() / "demo" / f"{name.replace('/', '--')}-w4a8" if out is None else out
+    folder.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    compress(
-        pulled.path, folder, overwrite=out is None, threads=threads, progress=not quiet
-    )
+    compress(pulled.path, folder, overwrite=out is None, threads=threads, progress=not quiet)
     seconds = time.perf_counter() - start
     machine.reset_peak_rss()
     model = nybble.load(folder, threads)

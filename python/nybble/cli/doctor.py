@@ -30,19 +30,23 @@ def doctor(as_json: options.Json = False) -> None:
     if as_json:
         output.emit_json(found)
         return
-    output.show(output.pairs("Machine", _machine_rows(found)))
     tiers = output.grid("Instruction sets", ("tier", "this CPU", "used"), right=())
     for name, tier in found["isa"].items():
+        if not (tier["detected"] or _belongs(name, found["machine"]["architecture"])):
+            continue  # another architecture's
         used = "best" if name == found["best"] else "yes" if tier["allowed"] else "no"
         output.add(tiers, name, "yes" if tier["detected"] else "no", used)
     kernels = output.grid("Kernels", ("operation", "tier"), right=())
     for kernel in found["kernels"]:
         output.add(kernels, *kernel.split("/", 1))
-    output.show(tiers, kernels)
-    if found["problems"]:
-        output.show("Problems", *(f"  - {problem}" for problem in found["problems"]))
-    else:
-        output.show("No problems found.")
+    said = [f"  - {problem}" for problem in found["problems"]]
+    output.show(
+        output.pairs("Machine", _machine_rows(found)),
+        tiers,
+        kernels,
+        "",
+        *(["Problems", *said] if said else ["No problems found."]),
+    )
 
 
 def examine() -> dict[str, Any]:
@@ -110,6 +114,12 @@ def problems(found: dict[str, Any]) -> list[str]:
     if available is not None and available < 512e6:
         said.append(f"Only {available / 1e6:.0f} MB of memory are free.")
     return said
+
+
+def _belongs(tier: str, architecture: str) -> bool:
+    """Whether a tier is one of this architecture's."""
+    arm = architecture.lower() in ("aarch64", "arm64")
+    return tier.startswith("neon") == arm
 
 
 def _machine_rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -22,9 +22,7 @@ def evaluate(
             show_default=False,
         ),
     ],
-    context: Annotated[
-        int, typer.Option("--context", "-c", min=2, help="Tokens a window.")
-    ] = 1024,
+    context: Annotated[int, typer.Option("--context", "-c", min=2, help="Tokens a window.")] = 1024,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -40,9 +38,9 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model on a text.
 
-    The text is encoded without a begin token and cut into windows that do not overlap; the rows of a
-    JSON lines file are joined with two newlines. MODEL may be a float folder, a compressed one or a
-    GGUF file: all take the same path, so their figures compare.
+    The text is encoded without a begin token and cut into windows that do not overlap; the rows of
+    a JSON lines file are joined with two newlines. MODEL may be a float folder, a compressed one or
+    a GGUF file: all take the same path, so their figures compare.
     """
     import nybble
     from nybble.cli import output
@@ -59,9 +57,7 @@ def evaluate(
             on_window=lambda done, total, value: bar.update(done, total, f"perplexity {value:.3f}"),
         )
     if as_json:
-        output.emit_json(
-            {"model": str(language_model.path), "text": str(text), **result.to_json()}
-        )
+        output.emit_json({"model": str(language_model.path), "text": str(text), **result.to_json()})
     else:
         output.show(output.pairs("", _rows(result)))
 

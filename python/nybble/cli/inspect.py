@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: options.ModelArgument,
-    tensors: Annotated[
-        bool, typer.Option("--tensors", help="List every tensor as well.")
-    ] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show family, layers, sizes, quantization and tokenizer of a model.
@@ -30,11 +28,12 @@ def inspect(
             del found["tensors"]
         output.emit_json(found)
         return
-    output.show(_overview(found), _layouts(found))
+    tables = [_overview(found), _layouts(found)]
     if found["quantization"]:
-        output.show(_groups(found))
+        tables.append(_groups(found))
     if tensors:
-        output.show(_tensors(found))
+        tables.append(_tensors(found))
+    output.show(*tables)
 
 
 def _overview(found: dict[str, Any]) -> "Table":
@@ -46,11 +45,14 @@ def _overview(found: dict[str, Any]) -> "Table":
     else:
         ends = ", ".join(repr(token) for token in tokenizer["end_tokens"]) or "no end token"
         chats = "with" if tokenizer["chat_templates"] else "no"
-        words = f"{output.count(tokenizer['vocab'])} tokens, ends with {ends}, {chats} chat template"
+        words = (
+            f"{output.count(tokenizer['vocab'])} tokens, ends with {ends}, {chats} chat template"
+        )
 
     def shown(value: int | None) -> str:
         return "not stated" if value is None else output.count(value)
 
+    tied = ", head tied to the embedding" if found["tied_head"] else ""
     rows = [
         ("family", f"{found['family']} ({'GGUF file' if found['kind'] == 'gguf' else 'folder'})"),
         ("weights", f"{found['scheme']}, {found['bits_per_weight']:.2f} bits a weight"),
@@ -60,10 +62,7 @@ def _overview(found: dict[str, Any]) -> "Table":
             f"{shown(found['layers'])} layers, width {shown(found['hidden'])}, "
             f"{shown(found['heads'])} heads, {shown(found['kv_heads'])} key-value heads",
         ),
-        (
-            "vocabulary",
-            f"{shown(found['vocab'])}{', head tied to the embedding' if found['tied_head'] else ''}",
-        ),
+        ("vocabulary", shown(found["vocab"]) + tied),
         ("context", f"{shown(found['context'])} tokens"),
         (
             "size",
@@ -99,7 +98,9 @@ def _groups(found: dict[str, Any]) -> "Table":
     from nybble.cli import output
 
     table = output.grid(
-        "Quantization groups", ("targets", "weights", "scales", "zero points", "activations"), right=()
+        "Quantization groups",
+        ("targets", "weights", "scales", "zero points", "activations"),
+        right=(),
     )
     for entry in found["quantization"]:
         strategy = entry["strategy"]

@@ -27,16 +27,14 @@ def methods(as_json: options.Json = False) -> None:
             entry["paper"],
             defaults or "no settings",
         )
-    output.show(table)
-    if recipes:
-        table = output.grid("Recipes (for compress --recipe)", ("name", "what it does"), right=())
-        for recipe in recipes:
-            output.add(table, recipe["name"], recipe["summary"])
-        output.show(table)
+    known = output.grid("Recipes (for compress --recipe)", ("name", "what it does"), right=())
+    for recipe in recipes:
+        output.add(known, recipe["name"], recipe["summary"])
+    output.show(table, known)
 
 
 def describe(name: str, cls: type[Any], kind: str) -> dict[str, Any]:
-    """Describe a method by its class: summary and paper from the docstring, defaults from fields."""
+    """Describe a method by its class: its docstring and the defaults of its fields."""
     doc = inspect.getdoc(cls) or ""
     lines = doc.splitlines()
     return {
@@ -61,6 +59,12 @@ def _paragraph(lines: list[str], start: str) -> str:
                 break
             words.append(line.removeprefix(start).strip())
     return " ".join(words).split(". ")[0].rstrip(".")
+
+
+def _recipes() -> list[dict[str, str]]:
+    from nybble.compress.recipe import shipped
+
+    return [{"name": name, "summary": summary} for name, summary in shipped().items()]
 
 
 def _quantizers() -> list[tuple[str, type[Any]]]:

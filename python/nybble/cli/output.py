@@ -32,11 +32,17 @@ def note(text: str) -> None:
 def show(*parts: Any) -> None:
     """Print tables or lines on stdout; text is taken as it is, without markup."""
     console = stdout()
-    for part in parts:
+    for index, part in enumerate(parts):
         if isinstance(part, str):
             console.print(Text(part), soft_wrap=True)
-        else:
-            console.print(part)
+            continue
+        if index:
+            console.print()
+        # The title on a line of its own: rich would fold it to the width of the table.
+        if isinstance(part, Table) and part.title:
+            console.print(part.title, soft_wrap=True)
+            part.title = None
+        console.print(part)
 
 
 def emit_json(value: Any) -> None:
@@ -84,6 +90,7 @@ def grid(title: str, columns: Iterable[str], *, right: Iterable[int]) -> Table:
         box=box.SIMPLE_HEAD,
         header_style="bold",
         pad_edge=False,
+        show_edge=False,
     )
     for index, column in enumerate(columns):
         table.add_column(
@@ -146,7 +153,7 @@ class TokenBar:
                 total=total,
                 desc=self._label,
                 unit=self._unit,
-                unit_scale=True,
+                unit_scale=self._unit == "tok",
                 dynamic_ncols=True,
                 leave=False,
             )
@@ -172,7 +179,8 @@ class TextWriter:
     """Writes a model's text to stdout as it comes.
 
     On a terminal control characters other than newline and tab are left out: a model's text should
-    not be able to move the cursor or rename the window. Into a pipe or file the text goes unchanged.
+    not be able to move the cursor or rename the window. Into a pipe or file the text goes
+    unchanged.
     """
 
     def __init__(self) -> None:

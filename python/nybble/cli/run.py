@@ -52,7 +52,9 @@ def run(
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            "--stop", metavar="TEXT", help="End before this text; may be repeated.",
+            "--stop",
+            metavar="TEXT",
+            help="End before this text; may be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -86,8 +86,7 @@ class Tally:
             return None
         mean = self.mean
         spread = math.fsum(
-            (loss - count * mean) ** 2
-            for loss, count in zip(self.losses, self.counts, strict=True)
+            (loss - count * mean) ** 2 for loss, count in zip(self.losses, self.counts, strict=True)
         )
         return math.sqrt(windows / (windows - 1) * spread) / self.tokens
 

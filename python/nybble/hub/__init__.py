@@ -18,8 +18,8 @@ model's name.
 
 from nybble.hub.cache import Pulled, cache_dir, find
 from nybble.hub.errors import PullError
-from nybble.hub.sources import SOURCES, fetch, pull, resolve
 from nybble.hub.known import KNOWN, KnownModel, PackagePart
+from nybble.hub.sources import SOURCES, fetch, pull, resolve
 
 __all__ = [
     "KNOWN",

@@ -58,7 +58,7 @@ class LanguageModel:
             return tokenizer.from_folder(self.path)
         from nybble import _nybble
 
-        metadata = _nybble.Checkpoint.open(str(self.path)).gguf_metadata()
+        metadata = _nybble.Checkpoint.open(self.path).gguf_metadata()
         return tokenizer.from_gguf(metadata, str(self.path))
 
     @property
@@ -383,7 +383,7 @@ def load(
         threads = count("threads", threads)
     if context is not None:
         context = count("context", context)
-    raw = _nybble.Model.open(str(place), threads, context, kv, mmap)
+    raw = _nybble.Model.open(place, threads, context, kv, mmap)
     return LanguageModel(raw, place)
 
 

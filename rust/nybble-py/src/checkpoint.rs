@@ -1,6 +1,7 @@
 //! `Checkpoint`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use numpy::PyArray2;
 use nybble::Error;
@@ -25,7 +26,7 @@ impl Checkpoint {
     /// Opens a folder or a GGUF file.
     #[staticmethod]
     #[pyo3(signature = (path, mmap=true))]
-    fn open(py: Python<'_>, path: &str, mmap: bool) -> PyResult<Self> {
+    fn open(py: Python<'_>, path: PathBuf, mmap: bool) -> PyResult<Self> {
         let core = run(py, || nybble::model::Checkpoint::open(path, access(mmap)))?;
         Ok(Self { core })
     }
@@ -63,7 +64,11 @@ impl Checkpoint {
             let (rows, cols) = if vector { (1, len) } else { (len, width) };
             let stop = stop.unwrap_or(rows);
             if start > stop || stop > rows {
-                return Err(Error::argument("rows", format!("a range within 0..{rows}"), format!("{start}..{stop}")));
+                return Err(Error::argument(
+                    "rows",
+                    format!("a range within 0..{rows}"),
+                    format!("{start}..{stop}"),
+                ));
             }
             let mut values = Vec::new();
             // The core counts the elements of a vector as its rows.
@@ -114,9 +119,8 @@ fn plan(spec: &Spec) -> Value {
             "role": linear.role.name(),
         })
     };
-    let embedding = |table: &EmbeddingSpec| {
-        json!({ "module": table.module, "rows": table.rows, "cols": table.cols })
-    };
+    let embedding =
+        |table: &EmbeddingSpec| json!({ "module": table.module, "rows": table.rows, "cols": table.cols });
     let mut tensors = Vec::new();
     for linear in spec.linears() {
         tensors.push(linear.weight());

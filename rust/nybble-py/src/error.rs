@@ -4,7 +4,9 @@ use std::any::Any;
 use std::cell::Cell;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nybble::Error;
@@ -51,6 +53,29 @@ pub(crate) fn run_until_signal<T: Send>(
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
         None => result,
+    }
+}
+
+/// Runs `work`, which cannot be told to stop, on a thread of its own. When a signal handler raises, its result is not waited
+/// for: the thread ends by itself and drops it.
+pub(crate) fn run_in_background<T: Send + 'static>(
+    py: Python<'_>,
+    work: impl FnOnce() -> nybble::Result<T> + Send + 'static,
+) -> PyResult<T> {
+    let (sender, mut receiver) = mpsc::channel();
+    let spawned = thread::Builder::new().name("nybble-open".into()).spawn(move || {
+        let outcome = catch_unwind(AssertUnwindSafe(work));
+        let _ = sender.send(outcome); // nobody waits any more: the call was interrupted
+    });
+    spawned.map_err(|error| exception(py, &Error::argument("thread", "room for another one", error)))?;
+    loop {
+        let receiver = &mut receiver; // a shared borrow may not leave this thread
+        match py.detach(move || receiver.recv_timeout(POLL)) {
+            Ok(Ok(result)) => return result.map_err(|error| exception(py, &error)),
+            Ok(Err(payload)) => return Err(panicked(py, payload.as_ref())),
+            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(panicked(py, &"a thread was lost")),
+        }
     }
 }
 

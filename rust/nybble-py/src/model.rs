@@ -1,5 +1,6 @@
 //! `Model`.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nybble::format::Access;
@@ -8,7 +9,7 @@ use nybble::model::LoadOptions;
 use nybble::{Error, Result};
 use pyo3::prelude::*;
 
-use crate::error::run;
+use crate::error::{run, run_in_background};
 use crate::session::Session;
 
 /// An open model: immutable, shared by its sessions and by threads.
@@ -24,17 +25,15 @@ impl Model {
     #[pyo3(signature = (path, threads=None, context=None, kv=None, mmap=true))]
     fn open(
         py: Python<'_>,
-        path: &str,
+        path: PathBuf,
         threads: Option<usize>,
         context: Option<usize>,
         kv: Option<&str>,
         mmap: bool,
     ) -> PyResult<Self> {
-        let core = run(py, || {
-            let kv = kv.map(kv_type).transpose()?;
-            let options = LoadOptions { threads, access: access(mmap), kv, context };
-            nybble::model::Model::open(path, &options)
-        })?;
+        let kv = run(py, || kv.map(kv_type).transpose())?;
+        let options = LoadOptions { threads, access: access(mmap), kv, context };
+        let core = run_in_background(py, move || nybble::model::Model::open(path, &options))?;
         Ok(Self { core: Arc::new(core) })
     }
 

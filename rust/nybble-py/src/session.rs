@@ -84,14 +84,14 @@ impl Session {
     }
 
     /// Prepares a generation after what the session holds; it computes nothing until its first token is asked for.
-    #[pyo3(signature = (prompt, max_new, stop=Vec::new(), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+    #[pyo3(signature = (prompt, max_new, stop=None, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
                         repeat_penalty=1.0, repeat_last_n=64, seed=0))]
     #[allow(clippy::too_many_arguments)]
     fn generate(
         slf: Bound<'_, Self>,
         prompt: PyReadonlyArray1<'_, u32>,
         max_new: usize,
-        stop: Vec<u32>,
+        stop: Option<Vec<u32>>,
         temperature: f32,
         top_k: usize,
         top_p: f32,
@@ -102,10 +102,9 @@ impl Session {
     ) -> PyResult<Generator> {
         let prompt = prompt.as_array().to_vec();
         let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed };
-        let request = Request { prompt, max_new, stop, sampling };
+        let request = Request { prompt, max_new, stop: stop.unwrap_or_default(), sampling };
         let session = slf.get();
-        let core =
-            run(slf.py(), || session.with(|model, session| Generation::new(model, session, request)))?;
+        let core = run(slf.py(), || session.with(|model, session| Generation::new(model, session, request)))?;
         Ok(Generator::new(slf.unbind(), core))
     }
 }

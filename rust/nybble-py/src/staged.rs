@@ -1,5 +1,7 @@
 //! `StagedFolder`.
 
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use nybble::Error;
@@ -12,7 +14,7 @@ use crate::error::{exclusively, run};
 /// A folder that appears under its final name when it is committed, and not at all otherwise.
 #[pyclass(frozen, module = "nybble._nybble")]
 pub(crate) struct StagedFolder {
-    path: String,
+    path: OsString,
     core: Mutex<Option<publish::StagedFolder>>,
 }
 
@@ -20,14 +22,14 @@ pub(crate) struct StagedFolder {
 impl StagedFolder {
     #[new]
     #[pyo3(signature = (path, overwrite=false))]
-    fn new(py: Python<'_>, path: &str, overwrite: bool) -> PyResult<Self> {
+    fn new(py: Python<'_>, path: PathBuf, overwrite: bool) -> PyResult<Self> {
         let core = run(py, || publish::StagedFolder::new(path, overwrite))?;
-        Ok(Self { path: core.path().to_string_lossy().into_owned(), core: Mutex::new(Some(core)) })
+        Ok(Self { path: core.path().into(), core: Mutex::new(Some(core)) })
     }
 
     /// The folder to write into.
     #[getter]
-    fn path(&self) -> &str {
+    fn path(&self) -> &OsStr {
         &self.path
     }
 

@@ -1,5 +1,6 @@
 //! `SafeTensorsWriter`.
 
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use nybble::format::{Dtype, writer};
@@ -29,10 +30,12 @@ impl SafeTensorsWriter {
 #[pymethods]
 impl SafeTensorsWriter {
     #[new]
-    fn new(py: Python<'_>, path: &str, entries: Vec<(String, String, Vec<usize>)>) -> PyResult<Self> {
+    fn new(py: Python<'_>, path: PathBuf, entries: Vec<(String, String, Vec<usize>)>) -> PyResult<Self> {
         let core = run(py, || {
             let typed = |(name, dtype, shape): (String, String, Vec<usize>)| {
-                let unknown = || Error::unsupported(format!("the type {dtype:?} of {name}"), "F32, F16, BF16, I32, ...");
+                let unknown = || {
+                    Error::unsupported(format!("the type {dtype:?} of {name}"), "F32, F16, BF16, I32, ...")
+                };
                 Dtype::from_safetensors(&dtype).ok_or_else(unknown).map(|dtype| (name, dtype, shape))
             };
             let entries = entries.into_iter().map(typed).collect::<Result<Vec<_>>>()?;

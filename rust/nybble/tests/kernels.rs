@@ -294,16 +294,21 @@ fn check_quantize(isa: Isa) {
     let (mut x, mut expected) = (Activations::new(), Activations::new());
     for per in [Granularity::Token, Granularity::Group] {
         for (cols, group) in SHAPES.into_iter().chain([(16_384, 128)]) {
-            for (rows, pool) in [(3, &pools[0]), (0, &pools[1]), (1, &pools[1]), (2, &pools[1]), (17, &pools[2])] {
+            for (rows, pool) in
+                [(3, &pools[0]), (0, &pools[1]), (1, &pools[1]), (2, &pools[1]), (17, &pools[2])]
+            {
                 let inputs = KINDS.map(|kind| activations(rows, cols, kind));
                 let mut random = Random(7);
-                let halves = (0..rows * cols).map(|i| if i % 32 == 0 { 127.0 } else { (i % 255) as f32 / 2.0 - 63.0 });
+                let halves =
+                    (0..rows * cols).map(|i| if i % 32 == 0 { 127.0 } else { (i % 255) as f32 / 2.0 - 63.0 });
                 let tiny = (0..rows * cols).map(|i| random.unit() * [1e-38, 1e-36, 2e-36, 1e-45][i / 32 % 4]);
                 let huge = (0..rows * cols).map(|i| [f32::MAX, -f32::MAX, 1.0, 1e38][i % 4]);
                 let more: [Vec<f32>; 3] = [halves.collect(), tiny.collect(), huge.collect()];
                 for input in inputs.iter().chain(&more) {
                     x.quantize(pool, kernel, input, rows, cols, group, per).expect("good input");
-                    expected.quantize(&pools[0], scalar_quantize(), input, rows, cols, group, per).expect("good input");
+                    expected
+                        .quantize(&pools[0], scalar_quantize(), input, rows, cols, group, per)
+                        .expect("good input");
                     assert_eq!((x.rows(), x.cols(), x.group()), (rows, cols, expected.group()));
                     for r in 0..rows {
                         assert_eq!(x.codes(r), expected.codes(r), "row {r} of {rows} x {cols}");
@@ -368,7 +373,8 @@ fn quantize_scalar_follows_its_definition() {
                 for (g, part) in row.chunks(group).enumerate() {
                     let over = if per == Granularity::Token { row } else { part };
                     let scale = over.iter().fold(0f32, |a, b| a.max(b.abs())) / 127.0;
-                    let codes: Vec<i8> = part.iter().map(|v| (v * (1.0 / scale)).round_ties_even() as i8).collect();
+                    let codes: Vec<i8> =
+                        part.iter().map(|v| (v * (1.0 / scale)).round_ties_even() as i8).collect();
                     assert_eq!(x.scales(r)[g].to_bits(), scale.to_bits());
                     assert_eq!(&x.codes(r)[g * group..][..part.len()], codes);
                     assert_eq!(x.sums(r)[g], codes.iter().map(|&c| i32::from(c)).sum::<i32>());
@@ -388,7 +394,9 @@ fn quantize_marks_what_has_no_scale() {
     x.quantize(&pool, scalar_quantize(), &input, 1, 96, 32, Granularity::Group).expect("good shape");
     assert!(x.scales(0)[0].is_nan() && x.scales(0)[1] == 0.0 && x.scales(0)[2] == 1.0 / 127.0);
     assert_eq!(x.sums(0), [0, 0, 127 * 32]);
-    for (rows, cols, group) in [(1, 95, 32), (2, 96, 32), (1, 96, 0), (1, 96, 33), (1, 0, 32), (usize::MAX, 96, 32)] {
+    for (rows, cols, group) in
+        [(1, 95, 32), (2, 96, 32), (1, 96, 0), (1, 96, 33), (1, 0, 32), (usize::MAX, 96, 32)]
+    {
         assert!(x.quantize(&pool, scalar_quantize(), &input, rows, cols, group, Granularity::Group).is_err());
     }
 }

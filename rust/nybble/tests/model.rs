@@ -228,7 +228,7 @@ fn quantized_folders_that_contradict_themselves_are_refused() {
     let groups = "/quantization_config/config_groups";
     check(&|t| drop(t.tensors.remove(&at("weight_packed"))), "gate_proj.weight_packed");
     check(&|t| drop(t.tensors.remove(&at("weight_scale"))), "gate_proj.weight_scale");
-    check(&|t| drop(t.tensors.remove(&at("weight_shape"))), "");
+    check(&|t| drop(t.tensors.remove(&at("weight_shape"))), "gate_proj.weight_shape");
     check(&|t| t.tensors.get_mut(&at("weight_shape")).expect("there").2[0] = 95, "[95, 64]");
     check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(48), "48");
     check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(16), "16");
@@ -279,7 +279,7 @@ fn an_interrupted_pass_leaves_the_session_as_it_was() {
     let mut session = model.session();
     let mut out = Vec::new();
     session.forward(&model, &PROMPT[..5], Logits::None, &mut out, &never).expect("a prompt");
-    for polls in 0..3 {
+    for polls in 0..3_usize {
         let left = std::cell::Cell::new(polls);
         let stop = || left.replace(left.get().saturating_sub(1)) == 0;
         let result = session.forward(&model, &PROMPT[5..], Logits::Last, &mut out, &stop);

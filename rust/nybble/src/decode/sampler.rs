@@ -314,7 +314,7 @@ mod tests {
     fn frequencies_follow_the_probabilities() {
         let mut sampler = sampler(|s| s.seed = 3);
         let logits = [0.1_f32.ln(), 0.6_f32.ln(), 0.3_f32.ln()];
-        let mut counts = [0.0; 3];
+        let mut counts = [0.0_f64; 3];
         for _ in 0..20_000 {
             counts[sampler.sample(&mut logits.clone(), &[]).expect("a token") as usize] += 1.0 / 20_000.0;
         }

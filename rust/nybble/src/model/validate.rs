@@ -186,7 +186,8 @@ impl Check<'_> {
 
     /// `weight_shape` repeats the shape of the weight.
     fn stated_shape(&mut self, name: &str, shape: [usize; 2]) {
-        if let Some(found) = self.integers(name, 2)
+        if self.find(name).is_some()
+            && let Some(found) = self.integers(name, 2)
             && found.iter().zip(shape).any(|(found, wanted)| usize::try_from(*found).ok() != Some(wanted))
         {
             self.problem(format!("{name}: expected {shape:?}, found {found:?}"));

@@ -169,7 +169,8 @@ mod tests {
     #[test]
     fn impossible_sizes_are_errors() {
         let pool = Pool::new(1).expect("a pool");
-        for (units, unit) in [(usize::MAX, 2), (1, isize::MAX as usize), (1 << 40, 1 << 20), (1, usize::MAX)] {
+        for (units, unit) in [(usize::MAX, 2), (1, isize::MAX as usize), (1 << 40, 1 << 20), (1, usize::MAX)]
+        {
             let error = Buffer::build("w", units, unit, &pool, &|_, _| {}).expect_err("too large");
             assert!(error.to_string().starts_with("w: "), "{error}");
         }

@@ -90,8 +90,9 @@ impl Packed {
             check_zeros(src, zeros, plan.groups, pool)?;
         }
         let tiles = src.rows.div_ceil(TILE_ROWS);
-        let data =
-            Buffer::build(src.name, tiles, plan.tile_bytes, pool, &|t, tile| plan.fill(t, tile, 1.0 / scale_mul))?;
+        let data = Buffer::build(src.name, tiles, plan.tile_bytes, pool, &|t, tile| {
+            plan.fill(t, tile, 1.0 / scale_mul)
+        })?;
         Ok(Self {
             layout: plan.layout,
             rows: src.rows,
@@ -116,7 +117,8 @@ impl Packed {
         let mut scales = [0.0; TILE_ROWS];
         let mut zeros = [0; TILE_ROWS];
         let mut group = usize::MAX;
-        for (step, out) in (k.start / TILE_K..).zip(out[..k.len() * TILE_ROWS].chunks_mut(TILE_K * TILE_ROWS)) {
+        for (step, out) in (k.start / TILE_K..).zip(out[..k.len() * TILE_ROWS].chunks_mut(TILE_K * TILE_ROWS))
+        {
             let g = step * TILE_K / self.group;
             if g != group {
                 group = g;
@@ -182,7 +184,11 @@ impl Packed {
 }
 
 /// The scales and the zero points (`zero` where there are none) in the header at the start of `group`.
-pub(crate) fn group_header(group: &[u8], asymmetric: bool, zero: i32) -> ([f32; TILE_ROWS], [i32; TILE_ROWS]) {
+pub(crate) fn group_header(
+    group: &[u8],
+    asymmetric: bool,
+    zero: i32,
+) -> ([f32; TILE_ROWS], [i32; TILE_ROWS]) {
     let (scales, zeros) = group[..header_bytes(asymmetric)].split_at(SCALE_BYTES);
     let scales = std::array::from_fn(|r| f16::from_le_bytes([scales[2 * r], scales[2 * r + 1]]).to_f32());
     (scales, if asymmetric { std::array::from_fn(|r| i32::from(zeros[r])) } else { [zero; TILE_ROWS] })
@@ -218,7 +224,10 @@ impl<'a> Plan<'a> {
         let (group, groups) = grouping(src.name, src.cols, src.group)?;
         let source_rows = src.scales.len() / groups;
         if !src.scales.len().is_multiple_of(groups) || (src.row_map.is_none() && source_rows != src.rows) {
-            return wrong(format!("{} rows x {groups} scales", src.rows), format!("{} scales", src.scales.len()));
+            return wrong(
+                format!("{} rows x {groups} scales", src.rows),
+                format!("{} scales", src.scales.len()),
+            );
         }
         if let Some(zeros) = src.zeros
             && zeros.len() != src.scales.len()
@@ -310,7 +319,8 @@ impl<'a> Plan<'a> {
             Layout::W4 => place_w4,
             _ => place_w8,
         };
-        for (source, offset) in source.chunks_exact(width).zip(offsets).take(steps.len() - usize::from(tail)) {
+        for (source, offset) in source.chunks_exact(width).zip(offsets).take(steps.len() - usize::from(tail))
+        {
             place(&mut tile[*offset..], r, source);
         }
         if tail {
@@ -427,4 +437,50 @@ fn check_zeros(src: &IntSource<'_>, zeros: &[u8], groups: usize, pool: &Pool) ->
         format!("zero points from 0 to {limit}"),
         format!("{} for row {}, group {}", zeros[at], at / groups, at % groups),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_dequantizes_to_its_rows() {
+        let pool = Pool::new(1).expect("a pool");
+        for (bits, cols, group) in [(4, 100usize, 100), (4, 96, 32), (8, 65, 64), (8, 31, 31)] {
+            for zeros in [None, Some(vec![3; 18 * 4])] {
+                let codes: Vec<u8> = (0..18 * cols).map(|i| (i * 89 % 251) as u8).collect();
+                let groups = cols.div_ceil(group);
+                let scales: Vec<f32> = (0..18 * groups).map(|i| (i + 1) as f32 / 3.0).collect();
+                let source = IntSource {
+                    name: "w",
+                    rows: 18,
+                    cols,
+                    bits,
+                    group,
+                    codes: &codes,
+                    row_bytes: cols,
+                    scales: &scales,
+                    zeros: zeros.as_ref().map(|zeros| &zeros[..18 * groups]),
+                    row_map: None,
+                };
+                let packed = Packed::from_int(&source, &pool).expect("good weights");
+                let mut row = vec![0.0; cols];
+                for t in 0..2 {
+                    for k in [0..cols, 0..32.min(cols), cols / 32 * 32..cols] {
+                        let mut tile = vec![f32::NAN; k.len() * TILE_ROWS];
+                        packed.dequantize_tile(t, k.clone(), &mut tile);
+                        for lane in 0..TILE_ROWS {
+                            row.fill(0.0);
+                            if t * TILE_ROWS + lane < 18 {
+                                packed.row(t * TILE_ROWS + lane, &mut row).expect("a row");
+                            }
+                            let column: Vec<f32> =
+                                tile.iter().skip(lane).step_by(TILE_ROWS).copied().collect();
+                            assert_eq!(column, row[k.clone()], "{bits} bits, tile {t}, lane {lane}, {k:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }

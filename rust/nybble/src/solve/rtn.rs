@@ -129,6 +129,9 @@ const SPANS_4: &[f32] =
 /// The same for 8 bits.
 const SPANS_8: &[f32] = &[255.0, 254.0, 255.5, 256.0, 257.0, 258.0, 260.0, 264.0, 268.0, 272.0, 280.0, 288.0, 304.0, 320.0];
 
+/// The smallest positive f16, 2^-24.
+const SMALLEST: f32 = 5.960_464_5e-8;
+
 /// Refinements at most; nearly all groups stop after two or three.
 const ROUNDS: usize = 8;
 
@@ -144,14 +147,13 @@ struct Grid {
 }
 
 impl Grid {
-    /// A grid whose scale is `scale` rounded to f16, or `None` where that is not a usable scale.
+    /// A grid whose scale is the value of f16 nearest to `scale`, or `None` where that is not a usable scale.
     fn new(scale: f32, zero: f32, top: f32) -> Option<Self> {
-        if !scale.is_finite() {
+        if !scale.is_finite() || scale <= 0.0 {
             return None;
         }
-        // Beyond f16 the largest scale it holds clips the least.
-        let scale = f16::from_f32(scale.min(f16::MAX.to_f32())).to_f32();
-        (scale > 0.0).then_some(Self { scale, zero, top })
+        let scale = f16::from_f32(scale.clamp(SMALLEST, f16::MAX.to_f32())).to_f32();
+        Some(Self { scale, zero, top })
     }
 
     /// Divisions are slow, products of the reciprocal are not, and both sides of a tie have the same error.
@@ -251,8 +253,8 @@ fn search(w: &[f32], bits: u32, symmetric: bool) -> Grid {
     let low = w.iter().copied().fold(0.0, f32::min);
     let high = w.iter().copied().fold(0.0, f32::max);
     let mut best = Best { w, grid: Grid { scale: 0.0, zero: middle, top }, error: f64::INFINITY };
-    if low == 0.0 && high == 0.0 {
-        return best.grid;
+    if high.max(-low) <= SMALLEST / 2.0 {
+        return best.grid; // nearer to zero than to any other value
     }
     if symmetric {
         let reach = high.max(-low);
@@ -260,7 +262,7 @@ fn search(w: &[f32], bits: u32, symmetric: bool) -> Grid {
             best.offer(reach / steps, middle);
         }
         for _ in 0..ROUNDS {
-            if best.grid.scale == 0.0 || !best.offer(best.grid.best_scale(w), middle) {
+            if !best.offer(best.grid.best_scale(w), middle) {
                 break;
             }
         }
@@ -276,9 +278,6 @@ fn search(w: &[f32], bits: u32, symmetric: bool) -> Grid {
         }
     }
     for _ in 0..ROUNDS {
-        if best.grid.scale == 0.0 {
-            break;
-        }
         let Grid { scale, zero, .. } = best.grid;
         let (line_scale, line_zero) = best.grid.best_line(w);
         let mut better = best.offer(best.grid.best_scale(w), zero);
@@ -300,7 +299,7 @@ struct Best<'a> {
 }
 
 impl Best<'_> {
-    /// Takes the candidate if it is better, or the first usable one; says whether it did.
+    /// Takes the candidate if it is better, or the first one; says whether it did.
     fn offer(&mut self, scale: f32, zero: f32) -> bool {
         let Some(candidate) = Grid::new(scale, zero.clamp(0.0, self.grid.top), self.grid.top) else {
             return false;

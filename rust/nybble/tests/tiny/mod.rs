@@ -9,17 +9,17 @@ use nybble::format::writer::SafeTensorsWriter;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub const VOCAB: usize = 67;
+pub(crate) const VOCAB: usize = 67;
 
 /// A model folder in the making.
-pub struct Tiny {
-    pub config: Value,
-    pub tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+pub(crate) struct Tiny {
+    pub(crate) config: Value,
+    pub(crate) tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
 }
 
 impl Tiny {
     /// Two layers, width 64, 4 heads on 2, tied.
-    pub fn llama() -> Self {
+    pub(crate) fn llama() -> Self {
         let config = json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 96,
             "tie_word_embeddings": true});
@@ -52,25 +52,25 @@ impl Tiny {
         tiny
     }
 
-    pub fn put(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+    pub(crate) fn put(&mut self, name: &str, shape: &[usize], values: &[f32]) {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.tensors.insert(name.into(), (Dtype::F32, shape.to_vec(), bytes));
     }
 
-    pub fn floats(&self, name: &str) -> Vec<f32> {
+    pub(crate) fn floats(&self, name: &str) -> Vec<f32> {
         let (_, _, bytes) = &self.tensors[name];
         bytes.chunks_exact(4).map(|word| f32::from_le_bytes(word.try_into().expect("4 bytes"))).collect()
     }
 
     /// The linears and the embedding.
-    pub fn matrices(&self) -> Vec<String> {
+    pub(crate) fn matrices(&self) -> Vec<String> {
         let matrix = |name: &&String| self.tensors[*name].1.len() == 2;
         self.tensors.keys().filter(matrix).map(|name| name.trim_end_matches(".weight").to_owned()).collect()
     }
 
     /// Rounds a matrix to `bits` with a scale a `group` columns, leaves the rounded floats in `self`, and puts the packed
     /// tensors into `packed`.
-    pub fn quantize(&mut self, module: &str, bits: u32, group: usize, symmetric: bool, packed: &mut Self) {
+    pub(crate) fn quantize(&mut self, module: &str, bits: u32, group: usize, symmetric: bool, packed: &mut Self) {
         let name = format!("{module}.weight");
         let (_, shape, _) = self.tensors[&name].clone();
         let (rows, cols) = (shape[0], shape[1]);
@@ -116,13 +116,13 @@ impl Tiny {
     }
 
     /// Writes the folder.
-    pub fn save(&self) -> TempDir {
+    pub(crate) fn save(&self) -> TempDir {
         let dir = tempfile::tempdir().expect("a temporary folder");
         self.save_to(dir.path());
         dir
     }
 
-    pub fn save_to(&self, dir: &Path) {
+    pub(crate) fn save_to(&self, dir: &Path) {
         let entries = self.tensors.iter().map(|(name, (dtype, shape, _))| (name.clone(), *dtype, shape.clone()));
         let mut writer =
             SafeTensorsWriter::create(dir.join("model.safetensors"), entries.collect()).expect("a new file");

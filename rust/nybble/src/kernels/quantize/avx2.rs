@@ -3,9 +3,8 @@
 use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
-use super::{Granularity, Quantize, Row, convert};
+use super::{Block, Granularity, Quantize, Row, convert};
 use crate::cpu::{Avx2, Isa};
-use crate::pack::TILE_K;
 
 /// Holds the proof that the instructions may be used.
 struct Kernel(#[allow(dead_code)] Avx2);
@@ -35,7 +34,7 @@ fn row(x: &[f32], group: usize, per: Granularity, out: Row<'_>) {
 /// Eight of the 32 values.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn eight(x: &[f32; TILE_K], i: usize) -> __m256 {
+fn eight(x: &Block<f32>, i: usize) -> __m256 {
     let eight = &x[8 * i..8 * i + 8];
     // SAFETY: the slice has eight values.
     unsafe { _mm256_loadu_ps(eight.as_ptr()) }
@@ -43,12 +42,14 @@ fn eight(x: &[f32; TILE_K], i: usize) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn largest(x: &[f32; TILE_K]) -> u32 {
-    let magnitude = |i| _mm256_and_si256(_mm256_castps_si256(eight(x, i)), _mm256_set1_epi32(0x7fff_ffff));
-    let top = _mm256_max_epu32(
-        _mm256_max_epu32(magnitude(0), magnitude(1)),
-        _mm256_max_epu32(magnitude(2), magnitude(3)),
-    );
+fn largest(x: &[Block<f32>]) -> u32 {
+    let mut top = _mm256_setzero_si256();
+    for x in x {
+        let magnitude =
+            |i| _mm256_and_si256(_mm256_castps_si256(eight(x, i)), _mm256_set1_epi32(0x7fff_ffff));
+        let low = _mm256_max_epu32(magnitude(0), magnitude(1));
+        top = _mm256_max_epu32(top, _mm256_max_epu32(low, _mm256_max_epu32(magnitude(2), magnitude(3))));
+    }
     let top = _mm_max_epu32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
     let top = _mm_max_epu32(top, _mm_shuffle_epi32::<0b01_00_11_10>(top));
     let top = _mm_max_epu32(top, _mm_shuffle_epi32::<0b10_11_00_01>(top));
@@ -57,20 +58,21 @@ fn largest(x: &[f32; TILE_K]) -> u32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn encode(x: &[f32; TILE_K], inverse: f32, codes: &mut [i8; TILE_K]) -> i32 {
+fn encode(x: &[Block<f32>], inverse: f32, codes: &mut [Block<i8>]) -> i32 {
     let inverse = _mm256_set1_ps(inverse);
-    // Rust leaves the rounding mode alone: to nearest, halves to even.
-    let code = |i| _mm256_cvtps_epi32(_mm256_mul_ps(eight(x, i), inverse));
-    // Packing works within 128-bit halves; the permutation puts groups of four values back into order.
-    let packed = _mm256_packs_epi16(
-        _mm256_packs_epi32(code(0), code(1)),
-        _mm256_packs_epi32(code(2), code(3)),
-    );
-    let packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    // SAFETY: the destination has 32 bytes.
-    unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), packed) }
-    let sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), packed);
-    let sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+    let mut sums = _mm256_setzero_si256();
+    for (x, codes) in x.iter().zip(codes) {
+        // Rust leaves the rounding mode alone: to nearest, halves to even.
+        let code = |i| _mm256_cvtps_epi32(_mm256_mul_ps(eight(x, i), inverse));
+        // Packing works within 128-bit halves; the permutation puts groups of four values back into order.
+        let low = _mm256_packs_epi32(code(0), code(1));
+        let packed = _mm256_packs_epi16(low, _mm256_packs_epi32(code(2), code(3)));
+        let packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        // SAFETY: the destination has 32 bytes.
+        unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), packed) }
+        let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), packed);
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
     let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
     let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b01_00_11_10>(sums));
     let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b10_11_00_01>(sums));

@@ -195,7 +195,10 @@ impl Activations {
     }
 }
 
-/// The part of the conversion that is the same in every tier; the closures work on 32 values at a time.
+/// 32 neighbouring values; the last ones of a row are followed by zeros.
+type Block<T> = [T; TILE_K];
+
+/// The part of the conversion that is the same in every tier.
 ///
 /// `largest` gives the bits of the largest magnitude, as an integer: non-negative floats compare as their bits do, and NaN
 /// and infinity compare above all numbers. `encode` writes the codes and returns their sum. Inlined into the tier's own
@@ -207,13 +210,13 @@ fn convert(
     group: usize,
     per: Granularity,
     out: Row<'_>,
-    largest: impl Fn(&[f32; TILE_K]) -> u32,
-    encode: impl Fn(&[f32; TILE_K], f32, &mut [i8; TILE_K]) -> i32,
+    largest: impl Fn(&[Block<f32>]) -> u32,
+    encode: impl Fn(&[Block<f32>], f32, &mut [Block<i8>]) -> i32,
 ) {
     let magnitude = |x: &[f32]| {
-        let (blocks, tail) = x.as_chunks::<TILE_K>();
-        let top = blocks.iter().fold(0, |top, block| top.max(largest(block)));
-        if tail.is_empty() { top } else { top.max(largest(&padded(tail))) }
+        let (blocks, tail) = x.as_chunks();
+        let top = largest(blocks);
+        if tail.is_empty() { top } else { top.max(largest(&[padded(tail)])) }
     };
     let row = match per {
         Granularity::Token => Some(magnitude(x)),
@@ -222,27 +225,25 @@ fn convert(
     let groups = x.chunks(group).zip(out.codes.chunks_mut(group)).zip(out.scales).zip(out.sums);
     for (((x, codes), scale), sum) in groups {
         let top = f32::from_bits(row.unwrap_or_else(|| magnitude(x)));
-        *sum = 0;
         if !(top >= 127.0 * f32::MIN_POSITIVE && top.is_finite()) {
             *scale = if top.is_finite() { 0.0 } else { f32::NAN };
+            *sum = 0;
             codes.fill(0);
             continue;
         }
         *scale = top / 127.0;
         let inverse = 1.0 / *scale;
-        let (blocks, tail) = x.as_chunks::<TILE_K>();
-        let (codes, _) = codes.as_chunks_mut::<TILE_K>();
-        for (block, codes) in blocks.iter().zip(&mut *codes) {
-            *sum += encode(block, inverse, codes);
-        }
-        if let (false, Some(codes)) = (tail.is_empty(), codes.last_mut()) {
-            *sum += encode(&padded(tail), inverse, codes);
+        let (blocks, tail) = x.as_chunks();
+        let (codes, rest) = codes.as_chunks_mut().0.split_at_mut(blocks.len());
+        *sum = encode(blocks, inverse, codes);
+        if !tail.is_empty() {
+            *sum += encode(&[padded(tail)], inverse, rest);
         }
     }
 }
 
 /// Fewer than 32 values with zeros after them.
-fn padded(tail: &[f32]) -> [f32; TILE_K] {
+fn padded(tail: &[f32]) -> Block<f32> {
     let mut block = [0.0; TILE_K];
     block[..tail.len()].copy_from_slice(tail);
     block

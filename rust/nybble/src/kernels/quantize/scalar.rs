@@ -1,8 +1,7 @@
 //! `quantize/scalar`: the oracle.
 
-use super::{Granularity, Quantize, Row, convert};
+use super::{Block, Granularity, Quantize, Row, convert};
 use crate::cpu::Isa;
-use crate::pack::TILE_K;
 
 /// 1.5 * 2^23: adding it to a small float rounds to an integer, halves to even, which is then the low bits of the sum.
 const ROUND: f32 = 12_582_912.0;
@@ -20,13 +19,13 @@ impl Quantize for Scalar {
     }
 }
 
-fn largest(x: &[f32; TILE_K]) -> u32 {
-    x.iter().fold(0, |top, v| top.max(v.to_bits() & 0x7fff_ffff))
+fn largest(x: &[Block<f32>]) -> u32 {
+    x.as_flattened().iter().fold(0, |top, v| top.max(v.to_bits() & 0x7fff_ffff))
 }
 
-fn encode(x: &[f32; TILE_K], inverse: f32, codes: &mut [i8; TILE_K]) -> i32 {
+fn encode(x: &[Block<f32>], inverse: f32, codes: &mut [Block<i8>]) -> i32 {
     let mut sum = 0;
-    for (code, v) in codes.iter_mut().zip(x) {
+    for (code, v) in codes.as_flattened_mut().iter_mut().zip(x.as_flattened()) {
         let rounded = (v * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
         *code = rounded as i8;
         sum += rounded;
