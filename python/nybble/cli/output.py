@@ -32,17 +32,21 @@ def note(text: str) -> None:
 def show(*parts: Any) -> None:
     """Print tables or lines on stdout; text is taken as it is, without markup."""
     console = stdout()
-    for index, part in enumerate(parts):
-        if isinstance(part, str):
-            console.print(Text(part), soft_wrap=True)
-            continue
-        if index:
-            console.print()
-        # The title on a line of its own: rich would fold it to the width of the table.
-        if isinstance(part, Table) and part.title:
-            console.print(part.title, soft_wrap=True)
-            part.title = None
-        console.print(part)
+    with console.capture() as captured:
+        for index, part in enumerate(parts):
+            if isinstance(part, str):
+                console.print(Text(part), soft_wrap=True)
+                continue
+            if index:
+                console.print()
+            # The title on a line of its own: rich would fold it to the width of the table.
+            if isinstance(part, Table) and part.title:
+                console.print(part.title, soft_wrap=True)
+                part.title = None
+            console.print(part)
+    # Tables are padded to a rectangle: in a file those spaces only get in the way.
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def emit_json(value: Any) -> None:
