@@ -1,14 +1,15 @@
 """SmolLM2-135M-Instruct whole: against transformers in f32, and after compression by perplexity.
 
-These need a 98 MB model from the package index and the measurement texts, so they run only where ``NYBBLE_DATA`` names the
-folder with the texts. Perplexities are taken on the first part of the text only; the README has the figures of all of it.
+These need a 98 MB model from the package index and the measurement texts, so they run only where
+``NYBBLE_DATA`` names the folder with the texts. Perplexities are taken on the first part of the
+text only; the README has the figures of all of it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DATA = os.environ.get("NYBBLE_DATA")
-# Enough windows of 1024 tokens for a ratio that is stable to a few tenths of a percent, few enough for a minute a model.
+# Enough windows of 1024 tokens for a stable ratio, few enough for a minute a model.
 EVAL_TOKENS = 8 * 1024
 
 pytestmark = [
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 
 
-def need(module: str) -> Any:  # noqa: ANN401
+def need(module):
     return pytest.importorskip(module, reason=f"needs {module} (the compress extra)")
 
 
@@ -46,7 +47,7 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(gguf: Path) -> Any:  # noqa: ANN401
+def reference(gguf: Path) -> Any:
     torch = need("torch")
     transformers = need("transformers")
     need("gguf")
@@ -59,16 +60,15 @@ def reference(gguf: Path) -> Any:  # noqa: ANN401
 
 @pytest.fixture(scope="session")
 def off_grid(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's channels rescaled exactly: the same function, but its weights no longer lie on a 4-bit grid."""
+    """The same function, its channels rescaled, so that its weights lie on no 4-bit grid."""
+    need("torch")
+    need("transformers")
     tool = Path(__file__).parent.parent / "benches" / "off_grid.py"
-    spec = importlib.util.spec_from_file_location("off_grid", tool)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["off_grid"] = module
-    spec.loader.exec_module(module)
     out = tmp_path_factory.mktemp("off_grid") / "model"
-    module.off_grid(gguf, out)
+    done = subprocess.run(
+        [sys.executable, tool, gguf, out], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -92,13 +92,13 @@ def perplexity(off_grid: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return of
 
 
-PROMPT = "The history of the lighthouse begins in a small fishing village, where every winter the storms "
+PROMPT = "The history of the lighthouse begins in a small fishing village, where every winter the "
 
 
 @pytest.mark.parametrize("length", [1, 7, 200])
 def test_f32_logits_and_greedy_tokens_equal_transformers(
     gguf: Path,
-    reference: Any,  # noqa: ANN401
+    reference: Any,
     length: int,
 ) -> None:
     torch = need("torch")

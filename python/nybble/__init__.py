@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nybble.errors import NybbleError
 
 if TYPE_CHECKING:
+    from nybble.compress import compress
     from nybble.runtime import (
         Generation,
         LanguageModel,
@@ -32,6 +33,7 @@ __all__ = [
     "NybbleForCausalLM",
     "Tokenizer",
     "__version__",
+    "compress",
     "from_pretrained",
     "load",
 ]
@@ -43,6 +45,10 @@ def __getattr__(name: str) -> object:
         from nybble import _nybble
 
         return _nybble.version()
+    if name == "compress":
+        import importlib
+
+        return importlib.import_module("nybble.compress")  # a package that can be called
     if name in __all__:
         from nybble import runtime
 

@@ -1,4 +1,4 @@
-"""Writes the good files that fuzzing starts from into `corpus/`. Needs numpy, safetensors and gguf."""
+"""Writes the good files that fuzzing starts from into `corpus/` (numpy, safetensors, gguf)."""
 
 from pathlib import Path
 
@@ -30,13 +30,14 @@ def main() -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    text = '{"model_type": "llama", "sizes": [1, -2, 2.5e3, true, null], "nested": {"a": {"b": "\\u00e9"}}}'
+    text = '{"type": "llama", "sizes": [1, -2, 2.5e3, null], "nested": {"a": {"b": "\\u00e9"}}}'
     (CORPUS / "json" / "small").write_text(text, encoding="utf-8")
     (CORPUS / "json" / "deep").write_text("[" * 70 + "]" * 70, encoding="utf-8")
     golden = Path(__file__).parent.parent / "nybble" / "tests" / "golden"
     # The numbers are the places of the types in `Dtype::ALL`.
     for number, name in ((2, "F16"), (13, "Q4_0"), (15, "Q5_0"), (18, "Q4_K"), (20, "Q6_K")):
-        (CORPUS / "dequantize" / name).write_bytes(bytes([number]) + (golden / f"{name}.blocks").read_bytes()[:420])
+        blocks = (golden / f"{name}.blocks").read_bytes()[:420]
+        (CORPUS / "dequantize" / name).write_bytes(bytes([number]) + blocks)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from nybble.cli.sampling import Choice
     from nybble.runtime import LanguageModel, Session
 
+_TEMPERATURE = 0.3
+_TOP_P = 0.9
+_REPEAT_PENALTY = 1.1
+
 _HELP = """\
 /reset   forget the conversation
 /exit    leave (so does Ctrl-D)
@@ -54,9 +58,10 @@ def chat(
     """Talk with a model.
 
     Messages are read line by line, from the terminal or from a pipe. /reset forgets the
-    conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Without --temperature the
-    likeliest token is taken every time. With --json the whole conversation is printed as one object
-    at the end.
+    conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Where nothing else is asked for,
+    the temperature is 0.3, top-p 0.9 and the repeat penalty 1.1: always taking the likeliest token
+    makes small models repeat themselves. With --json the whole conversation is printed as one
+    object at the end.
     """
     import nybble
     from nybble.cli import output, sampling
@@ -72,7 +77,14 @@ def chat(
     talk = _Talk(
         language_model,
         language_model.session(),
-        sampling.Choice(temperature, top_k, top_p, min_p, repeat_penalty, seed),
+        sampling.Choice(
+            _TEMPERATURE if temperature is None else temperature,
+            top_k,
+            _TOP_P if top_p is None else top_p,
+            min_p,
+            _REPEAT_PENALTY if repeat_penalty is None else repeat_penalty,
+            seed,
+        ),
         max_tokens,
         system,
         show=not as_json,

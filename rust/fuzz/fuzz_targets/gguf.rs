@@ -18,7 +18,14 @@ fuzz_target!(|bytes: &[u8]| {
             if let Some(array) = value.as_array() {
                 assert_eq!(array.iter().count(), array.len());
             }
-            let _ = (file.u64(key), file.f64(key), file.bool(key), file.text(key), file.texts(key), file.array(key));
+            let _ = (
+                file.u64(key),
+                file.f64(key),
+                file.bool(key),
+                file.text(key),
+                file.texts(key),
+                file.array(key),
+            );
         }
         assert!(total <= bytes.len(), "tensors and keys must not share bytes");
     }

@@ -93,14 +93,14 @@ impl Kernels {
             list.into_iter().rfind(|kernel| isa_of(kernel) <= isa).expect("scalar is always listed")
         }
         Self {
-            quantize: pick(quantize::kernels(), |k| k.isa(), isa),
-            w4a8: pick(w4a8::kernels(), |k| k.isa(), isa),
-            w8a8: pick(w8a8::kernels(), |k| k.isa(), isa),
-            f32: pick(f32::kernels(), |k| k.isa(), isa),
-            attention: pick(attention::kernels(), |k| k.isa(), isa),
-            norm: pick(norm::kernels(), |k| k.isa(), isa),
-            rope: pick(rope::kernels(), |k| k.isa(), isa),
-            elementwise: pick(elementwise::kernels(), |k| k.isa(), isa),
+            quantize: pick(quantize::kernels(), quantize::Quantize::isa, isa),
+            w4a8: pick(w4a8::kernels(), IntMatmul::isa, isa),
+            w8a8: pick(w8a8::kernels(), IntMatmul::isa, isa),
+            f32: pick(f32::kernels(), f32::FloatMatmul::isa, isa),
+            attention: pick(attention::kernels(), attention::Attention::isa, isa),
+            norm: pick(norm::kernels(), norm::Norm::isa, isa),
+            rope: pick(rope::kernels(), rope::Rope::isa, isa),
+            elementwise: pick(elementwise::kernels(), elementwise::Elementwise::isa, isa),
         }
     }
 

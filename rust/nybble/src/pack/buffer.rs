@@ -116,7 +116,7 @@ impl Buffer {
         if len < MAPPED {
             return Some(Self { memory: Memory::Heap(Heap::new(len)?), start: 0, len });
         }
-        let mapped = len.checked_add(LARGE_PAGE).filter(|&n| n <= isize::MAX as usize)?;
+        let mapped = len.checked_add(LARGE_PAGE).filter(|&n| isize::try_from(n).is_ok())?;
         let map = MmapMut::map_anon(mapped).ok()?;
         let start = map.as_ptr().align_offset(LARGE_PAGE).min(LARGE_PAGE);
         // Whole pages only: the rest of the last one would be memory held for nothing. A refusal changes no result.

@@ -91,7 +91,7 @@ impl Packed {
         }
         let tiles = src.rows.div_ceil(TILE_ROWS);
         let data = Buffer::build(src.name, tiles, plan.tile_bytes, pool, &|t, tile| {
-            plan.fill(t, tile, 1.0 / scale_mul)
+            plan.fill(t, tile, 1.0 / scale_mul);
         })?;
         Ok(Self {
             layout: plan.layout,
@@ -376,7 +376,7 @@ fn place_w8(step: &mut [u8], r: usize, source: &[u8]) {
 #[inline]
 fn half_bits(value: f32) -> u16 {
     let bits = value.to_bits();
-    if bits & 0x1fff == 0 && (0x3880_0000..0x4780_0000).contains(&bits) {
+    if bits.trailing_zeros() >= 13 && (0x3880_0000..0x4780_0000).contains(&bits) {
         ((bits - 0x3800_0000) >> 13) as u16
     } else {
         f16::from_f32(value.abs()).to_bits()
@@ -411,8 +411,8 @@ fn scale_factor(src: &IntSource<'_>, groups: usize, pool: &Pool) -> Result<f32> 
         }
         largest = src.scales.iter().fold(0.0, |a, &b| a.max(b)); // only some zeros had a sign
     }
-    let normal = low.into_inner() & 0x1fff == 0 && largest <= 65504.0 && smallest >= SMALLEST_NORMAL;
-    let exact = |s: &f32| f16::from_f32(*s).to_f32() == *s;
+    let normal = low.into_inner().trailing_zeros() >= 13 && largest <= 65504.0 && smallest >= SMALLEST_NORMAL;
+    let exact = |s: &f32| f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
     if largest == 0.0 || normal || src.scales.iter().all(exact) {
         return Ok(1.0);
     }

@@ -184,9 +184,8 @@ pub(crate) fn grouping(name: &str, cols: usize, group: usize) -> Result<(usize, 
     if group == 0 || (group < cols && !group.is_multiple_of(TILE_K)) {
         return wrong("groups of a multiple of 32 columns, or one group a row", group);
     }
-    let padded = match cols.checked_next_multiple_of(TILE_K) {
-        Some(padded) => padded,
-        None => return wrong("fewer columns", cols),
+    let Some(padded) = cols.checked_next_multiple_of(TILE_K) else {
+        return wrong("fewer columns", cols);
     };
     let group = if group >= cols { padded } else { group };
     if group > int::MAX_GROUP {

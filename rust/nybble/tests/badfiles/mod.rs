@@ -1,10 +1,36 @@
 //! Builds model files byte by byte, good ones and broken ones.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nybble::format::gguf::Gguf;
 use nybble::format::mapped::MappedFile;
 use nybble::format::safetensors::SafeTensors;
+
+/// Measures work: the processor time of this thread where the system tells it, because a busy machine stretches the
+/// time on the wall; that elsewhere.
+pub(crate) struct Stopwatch {
+    cpu: Option<Duration>,
+    wall: Instant,
+}
+
+impl Stopwatch {
+    pub(crate) fn start() -> Self {
+        Self { cpu: Self::cpu(), wall: Instant::now() }
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        match (self.cpu, Self::cpu()) {
+            (Some(start), Some(now)) => now.saturating_sub(start),
+            _ => self.wall.elapsed(),
+        }
+    }
+
+    fn cpu() -> Option<Duration> {
+        let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+        Some(Duration::from_nanos(text.split_whitespace().next()?.parse().ok()?))
+    }
+}
 
 /// A safetensors file with any header.
 pub(crate) fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {

@@ -2,9 +2,9 @@
 //! belongs to the whole process.
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::badfiles::{ARRAY, GgufFile, TEXT, gguf_error, safetensors, safetensors_error};
+use crate::badfiles::{ARRAY, GgufFile, Stopwatch, TEXT, gguf_error, safetensors, safetensors_error};
 
 const CHILD: &str = "NYBBLE_TEST_LIMITS";
 
@@ -64,18 +64,16 @@ fn hostile_sizes_are_cheap() {
     for (what, bytes, refuse) in hostile() {
         let size = bytes.len();
         let before = peak();
-        let start = Instant::now();
+        let start = Stopwatch::start();
         let message = refuse(bytes);
         let taken = start.elapsed();
         // 100 ms for a length that is beyond the file; text that must be read takes the time of reading it.
         let allowed = if size < 1 << 16 { Duration::from_millis(100) } else { Duration::from_secs(2) };
         assert!(taken < allowed, "{what}: {taken:?}");
         if let (Some(before), Some(after)) = (before, peak()) {
-            assert!(
-                after - before < size + (64 << 20),
-                "{what}: {} MiB more: {message}",
-                (after - before) >> 20
-            );
+            // The kernel counts in batches, so the mark may even seem to fall a little.
+            let more = after.saturating_sub(before);
+            assert!(more < size + (64 << 20), "{what}: {} MiB more: {message}", more >> 20);
         }
     }
 }

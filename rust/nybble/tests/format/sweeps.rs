@@ -1,7 +1,7 @@
 //! Every truncation and every flipped bit of small files: an error or the same tensors, never a crash or a hang.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nybble::format::folder::Folder;
 use nybble::format::gguf::Gguf;
@@ -9,7 +9,7 @@ use nybble::format::mapped::MappedFile;
 use nybble::format::safetensors::SafeTensors;
 use nybble::format::{Access, Dtype, TensorInfo};
 
-use crate::badfiles::{GgufFile, small_safetensors, write_sharded};
+use crate::badfiles::{GgufFile, Stopwatch, small_safetensors, write_sharded};
 
 /// Types and shapes, without the names, which a flipped bit may change.
 fn shapes<'a>(tensors: impl IntoIterator<Item = &'a TensorInfo>) -> Vec<(Dtype, Vec<usize>)> {
@@ -29,7 +29,7 @@ fn flips(bytes: &[u8], mut check: impl FnMut(Vec<u8>, usize)) {
 
 #[test]
 fn safetensors() {
-    let start = Instant::now();
+    let start = Stopwatch::start();
     let good = small_safetensors();
     let open = |bytes| SafeTensors::from_file(MappedFile::from_bytes("f", bytes));
     let expected = shapes(open(good.clone()).expect("a good file").tensors().values());
@@ -50,7 +50,7 @@ fn safetensors() {
 
 #[test]
 fn gguf() {
-    let start = Instant::now();
+    let start = Stopwatch::start();
     let good = GgufFile::small().bytes();
     let open = |bytes| Gguf::from_file(MappedFile::from_bytes("f", bytes));
     assert!(open(good.clone()).is_ok());
@@ -75,7 +75,7 @@ fn gguf() {
 
 #[test]
 fn folder() {
-    let start = Instant::now();
+    let start = Stopwatch::start();
     let folder = tempfile::tempdir().expect("a folder");
     write_sharded(folder.path());
     let open = || Folder::open(folder.path(), Access::Map);

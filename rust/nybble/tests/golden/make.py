@@ -1,7 +1,7 @@
-"""Writes the golden files beside it: random blocks of each type, and what the `gguf` package makes of them.
+"""Writes the golden files beside it: random blocks of each type, as the `gguf` package reads them.
 
-Run it with a Python that has `gguf` and `numpy`; its output is the same every time. Codes are random bits; scales are random
-16-bit floats that are finite (both signs, subnormals among them).
+Run it with a Python that has `gguf` and `numpy`; its output is the same every time. Codes are
+random bits; scales are random 16-bit floats that are finite (both signs, subnormals among them).
 """
 
 from pathlib import Path
@@ -51,7 +51,8 @@ def main() -> None:
             # Any bits but those of infinities and NaNs: clear one bit of an all-ones exponent.
             top = blocks.view(f"<u{size}")
             full = 0x7F80 << (8 * size - 16)
-            top[(top & full) == full] &= top.dtype.type(~(0x4000 << (8 * size - 16)) & (2 ** (8 * size) - 1))
+            one = 0x4000 << (8 * size - 16)
+            top[(top & full) == full] &= top.dtype.type(~one & (2 ** (8 * size) - 1))
         values = dequantize(blocks.reshape(1, -1), dtype).astype("<f4").ravel()
         assert np.isfinite(values).all(), name
         assert values.size == count * block, name

@@ -1,6 +1,7 @@
-"""Lists every tensor of a GGUF file with a weighted sum of the bits of its `f32` values, as the `gguf` package reads it.
+"""Lists every tensor of a GGUF file with a weighted sum of the bits of its `f32` values.
 
-`python real.py model.gguf` writes `model.gguf.golden`; the Rust test compares when `NYBBLE_TEST_GGUF` names the model.
+The values are those of the `gguf` package. `python real.py model.gguf` writes `model.gguf.golden`;
+the Rust test compares when `NYBBLE_TEST_GGUF` names the model.
 """
 
 import sys
@@ -17,7 +18,8 @@ def main() -> None:
     lines = []
     for tensor in GGUFReader(path).tensors:
         values = dequantize(tensor.data, tensor.tensor_type).astype("<f4", copy=False).ravel()
-        weights = np.arange(values.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+        weights = np.arange(values.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        weights |= np.uint64(1)
         total = int((values.view("<u4").astype(np.uint64) * weights).sum(dtype=np.uint64))
         shape = ",".join(str(size) for size in reversed(tensor.shape.tolist()))
         lines.append(f"{tensor.name} {tensor.tensor_type.name} {shape} {total:016x}\n")
