@@ -104,7 +104,12 @@ def chat(
             continue
         if line is None or line.strip() == "/exit":
             break
-        _obey(talk, line)
+        try:
+            _obey(talk, line)
+        except KeyboardInterrupt:
+            if not lines.terminal:
+                raise
+            talk.stopped()
     if as_json:
         output.emit_json(
             {
@@ -157,45 +162,51 @@ class _Talk:
         from nybble.errors import ContextError
 
         self.messages.append({"role": "user", "content": text})
+        writer = output.TextWriter()
+        pieces: list[str] = []
         try:
             stream = self.model.chat_stream(
                 self.messages, self.max_tokens, session=self.session, **self.choice.settings()
             )
-        except ContextError:
-            self.messages.pop()
-            output.note(
-                f"the conversation and the answer no longer fit into the context of "
-                f"{self.model.context} tokens: /reset starts a new one"
-            )
-            return
-        writer = output.TextWriter()
-        pieces: list[str] = []
-        stopped = False
-        try:
             for piece in stream:
                 pieces.append(piece)
                 if self.show:
                     writer.write(piece)
-        except KeyboardInterrupt:
-            stopped = True
-        if self.show:
-            writer.end()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
-        if stopped:
-            if self.notes:
-                output.note("(stopped)")
-            self.answers.append({"finish_reason": "interrupted"})
+            generation = stream.result()
+        except ContextError:
+            self.messages.pop()
+            output.note(f"the conversation {self._full}")
             return
-        generation = stream.result()
+        finally:
+            if self.show:
+                writer.end()
+            # What was written before Ctrl-C stays part of the conversation.
+            if pieces:
+                self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        if not pieces:
+            self.messages.append({"role": "assistant", "content": ""})
         self.answers.append(sampling.to_json(generation))
         if self.notes:
             output.note(sampling.summary(generation, self.choice))
-        full = generation.prompt_tokens + len(generation.tokens) >= self.model.context
-        if full and generation.finish_reason != "stop":
-            output.note(
-                f"the context of {self.model.context} tokens is full: /reset starts a new "
-                "conversation"
-            )
+        if generation.finish_reason == "context":
+            output.note(f"the answer {self._full}")
+
+    @property
+    def _full(self) -> str:
+        return (
+            f"does not fit into the context of {self.model.context} tokens any more: "
+            "/reset starts a new conversation"
+        )
+
+    def stopped(self) -> None:
+        """Tidy up after Ctrl-C: a question without an answer is forgotten."""
+        from nybble.cli import output
+
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
+        else:
+            self.answers.append({"finish_reason": "interrupted"})
+        output.note("(stopped)")
 
 
 class _Lines:

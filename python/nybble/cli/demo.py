@@ -1,6 +1,8 @@
 """``nybble demo``: the whole way, from nothing to text, with the figures."""
 
-import time
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from nybble.runtime import Generation, LanguageModel
 
-_PROMPT = "Explain in one paragraph why leaves are green."
+_PROMPT = "Write a short paragraph about the city of Paris."
 
 
 def demo(
@@ -45,17 +47,15 @@ def demo(
     from nybble import anatomy, hub
     from nybble.bench import bandwidth, machine
     from nybble.cli import output, sampling
-    from nybble.compress import compress
 
     say = (lambda _: None) if quiet or as_json else output.note
     pulled = hub.fetch(name, progress=not quiet, say=say)
     say(f"compress {pulled.path}")
     folder = hub.cache_dir() / "demo" / f"{name.replace('/', '--')}-w4a8" if out is None else out
     folder.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    compress(pulled.path, folder, overwrite=out is None, threads=threads, progress=not quiet)
-    seconds = time.perf_counter() - start
-    machine.reset_peak_rss()
+    seconds = _compress(
+        pulled.path, folder, overwrite=out is None, threads=threads, progress=not quiet
+    )
     model = nybble.load(folder, threads)
     say(f"ask: {prompt}")
     generation = _ask(model, prompt, max_tokens, show=not as_json)
@@ -72,13 +72,35 @@ def demo(
                 "after": _sizes(after),
                 "compress_seconds": seconds,
                 "prompt": prompt,
-                "generation": {**sampling.to_json(generation)},
+                "generation": sampling.to_json(generation),
                 "peak_rss": peak,
                 "memory_bandwidth": rate,
             }
         )
         return
     output.show("", _table(before, after, seconds, generation, peak, rate, model))
+
+
+def _compress(source: Path, folder: Path, **settings: Any) -> float:
+    """Compress in a process of its own; return the seconds it took.
+
+    This process then holds nothing but the model, so its peak memory is the running model's.
+    """
+    from nybble.errors import NybbleError
+
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            return pool.submit(_compress_here, source, folder, settings).result()
+    except BrokenProcessPool:
+        msg = f"compressing {source} ended without a word: was there enough memory?"
+        raise NybbleError(msg) from None
+
+
+def _compress_here(source: Path, folder: Path, settings: dict[str, Any]) -> float:
+    from nybble.compress import compress
+
+    return compress(source, folder, **settings).seconds
 
 
 def _ask(model: "LanguageModel", prompt: str, max_tokens: int, *, show: bool) -> "Generation":
@@ -103,6 +125,10 @@ def _ask(model: "LanguageModel", prompt: str, max_tokens: int, *, show: bool) ->
 def _sizes(found: dict[str, Any]) -> dict[str, Any]:
     keys = ("path", "kind", "scheme", "parameters", "tensor_bytes", "bits_per_weight", "disk_bytes")
     return {key: found[key] for key in keys}
+
+
+def _is_float(found: dict[str, Any]) -> bool:
+    return found["scheme"] in ("F32", "F16", "BF16")
 
 
 def _table(
@@ -130,7 +156,7 @@ def _table(
         [
             ("model", f"{after['family']}, {after['parameters'] / 1e6:.1f} million weights"),
             ("in 16 bits", f"{output.size(after['parameters'] * 2)} (computed)"),
-            ("as pulled", size(before)),
+            ("as pulled", size(before) + ("" if _is_float(before) else ", quantized already")),
             ("compressed", f"{size(after)} in {output.seconds(seconds)}"),
             (
                 "prompt",

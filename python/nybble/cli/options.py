@@ -53,6 +53,7 @@ Temperature = Annotated[
     typer.Option(
         "--temperature",
         min=0.0,
+        max=100.0,
         callback=_finite,
         help="0 takes the likeliest token every time; higher is more varied.",
         show_default=False,
@@ -90,7 +91,8 @@ RepeatPenalty = Annotated[
     float | None,
     typer.Option(
         "--repeat-penalty",
-        min=0.0,
+        min=0.01,
+        max=100.0,
         callback=_finite,
         help="Divide the scores of recent tokens by this; 1 is off.",
         show_default=False,
@@ -101,6 +103,7 @@ Seed = Annotated[
     typer.Option(
         "--seed",
         min=0,
+        max=(1 << 64) - 1,
         help="Seed of the sampling; the same seed gives the same text.",
         show_default=False,
     ),

@@ -37,7 +37,7 @@ def show(*parts: Any) -> None:
             if isinstance(part, str):
                 console.print(Text(part), soft_wrap=True)
                 continue
-            if index:
+            if index and not (isinstance(parts[index - 1], str) and not parts[index - 1]):
                 console.print()
             # The title on a line of its own: rich would fold it to the width of the table.
             if isinstance(part, Table) and part.title:

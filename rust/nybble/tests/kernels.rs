@@ -3,6 +3,8 @@
 //! One test function an operation and tier, so that a tier can be run alone (in an emulator, for example) by its name. A
 //! tier this CPU lacks prints that it was skipped.
 
+#![allow(clippy::float_cmp)] // equality to the bit is the point
+
 use nybble::cpu::Isa;
 use nybble::error::Error;
 use nybble::kernels::quantize::{self, Activations, Granularity, Quantize};
@@ -58,7 +60,7 @@ const KINDS: [Kind; 7] = [
     Kind::OddScales,
 ];
 
-/// Deterministic numbers (SplitMix64).
+/// Deterministic numbers (`SplitMix64`).
 struct Random(u64);
 
 impl Random {
@@ -104,7 +106,7 @@ impl Weights {
             _ => random.next() as u8 & top,
         };
         let scale = |i: usize, random: &mut Random| match kind {
-            Kind::NotFinite if i % 3 == 0 => 0.0,
+            Kind::NotFinite if i.is_multiple_of(3) => 0.0,
             Kind::OddScales => [1e-39, 1e-45, f32::MIN_POSITIVE, 0.0, 3e-38][i % 5],
             _ => random.scale(),
         };

@@ -89,7 +89,10 @@ fn both_ways_of_reading_files_and_both_caches_work() {
     assert!(distance(&whole, &rounded) < 2e-3 && whole != rounded);
     let info = half.info();
     assert_eq!((info.kv_type.as_str(), info.kv_bytes_per_token), ("f16", 2 * 2 * 32 * 2));
-    assert_eq!(info.parameters, tiny.tensors.values().map(|t| t.1.iter().product::<usize>() as u64).sum::<u64>());
+    assert_eq!(
+        info.parameters,
+        tiny.tensors.values().map(|t| t.1.iter().product::<usize>() as u64).sum::<u64>()
+    );
     assert!(serde_json::to_string(&info).is_ok_and(|text| text.contains("w4a8/")));
 }
 
@@ -115,14 +118,20 @@ fn quantized(bits: u32, group: usize, symmetric: bool, activations: Value) -> (T
 
 #[test]
 fn quantized_weights_are_the_rounded_weights() {
-    for (bits_each, group, symmetric) in [(4, 32, true), (4, 32, false), (8, 32, false), (4, 96, true), (8, 96, true)] {
+    for (bits_each, group, symmetric) in
+        [(4, 32, true), (4, 32, false), (8, 32, false), (4, 96, true), (8, 96, true)]
+    {
         let (rounded, packed) = quantized(bits_each, group, symmetric, Value::Null);
         let dir = packed.save();
         let options = LoadOptions { kv: Some(KvType::F32), threads: Some(2), ..LoadOptions::default() };
         let model = Model::open(dir.path(), &options).expect("good");
         let wanted = logits(&open(&rounded, 1).expect("good"), &[&PROMPT]);
         let found = logits(&model, &[&PROMPT[..3], &PROMPT[3..]]);
-        assert!(distance(&wanted, &found) < 1e-6, "{bits_each} {group} {symmetric}: {}", distance(&wanted, &found));
+        assert!(
+            distance(&wanted, &found) < 1e-6,
+            "{bits_each} {group} {symmetric}: {}",
+            distance(&wanted, &found)
+        );
         let bytes = model.info().weight_bytes;
         assert!(bytes.contains_key("w8") && bytes.contains_key("w4") == (bits_each == 4), "{bytes:?}");
     }
@@ -130,7 +139,8 @@ fn quantized_weights_are_the_rounded_weights() {
 
 #[test]
 fn eight_bit_activations_cost_little_and_keep_the_bits() {
-    let token = json!({"num_bits": 8, "type": "int", "symmetric": true, "dynamic": true, "strategy": "token"});
+    let token =
+        json!({"num_bits": 8, "type": "int", "symmetric": true, "dynamic": true, "strategy": "token"});
     let mut grouped = token.clone();
     grouped["strategy"] = json!("group");
     grouped["group_size"] = json!(32);
@@ -175,12 +185,20 @@ fn every_contradiction_is_reported_at_once() {
     tiny.tensors.remove("model.norm.weight");
     tiny.tensors.remove("model.layers.1.mlp.up_proj.weight");
     tiny.put("model.layers.0.self_attn.q_proj.weight", &[64, 63], &[0.0; 64 * 63]);
-    tiny.tensors.insert("model.layers.0.self_attn.o_proj.weight".into(), (Dtype::I32, vec![64, 64], vec![0; 64 * 64 * 4]));
+    tiny.tensors.insert(
+        "model.layers.0.self_attn.o_proj.weight".into(),
+        (Dtype::I32, vec![64, 64], vec![0; 64 * 64 * 4]),
+    );
     tiny.config["tie_word_embeddings"] = json!(false);
     let message = problems(&tiny);
-    for word in ["model.norm.weight", "layers.1.mlp.up_proj.weight", "[64, 64], found [64, 63]", "o_proj.weight: expected a float",
-        "lm_head.weight", "config.json"]
-    {
+    for word in [
+        "model.norm.weight",
+        "layers.1.mlp.up_proj.weight",
+        "[64, 64], found [64, 63]",
+        "o_proj.weight: expected a float",
+        "lm_head.weight",
+        "config.json",
+    ] {
         assert!(message.contains(word), "{word}: {message}");
     }
 }
@@ -230,11 +248,36 @@ fn quantized_folders_that_contradict_themselves_are_refused() {
     check(&|t| drop(t.tensors.remove(&at("weight_scale"))), "gate_proj.weight_scale");
     check(&|t| drop(t.tensors.remove(&at("weight_shape"))), "gate_proj.weight_shape");
     check(&|t| t.tensors.get_mut(&at("weight_shape")).expect("there").2[0] = 95, "[95, 64]");
-    check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(48), "48");
-    check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(16), "16");
-    check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/num_bits")).expect("there") = json!(8), "weight_packed");
-    check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/symmetric")).expect("there") = json!(false), "zero_point");
-    check(&|t| *t.config.pointer_mut(&format!("{groups}/group_0/targets")).expect("there") = json!(["re:.*up_proj"]), "no group");
+    check(
+        &|t| {
+            *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(48)
+        },
+        "48",
+    );
+    check(
+        &|t| {
+            *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(16)
+        },
+        "16",
+    );
+    check(
+        &|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/num_bits")).expect("there") = json!(8),
+        "weight_packed",
+    );
+    check(
+        &|t| {
+            *t.config.pointer_mut(&format!("{groups}/group_0/weights/symmetric")).expect("there") =
+                json!(false)
+        },
+        "zero_point",
+    );
+    check(
+        &|t| {
+            *t.config.pointer_mut(&format!("{groups}/group_0/targets")).expect("there") =
+                json!(["re:.*up_proj"])
+        },
+        "no group",
+    );
     for bad in [0x7e00_u16, 0x7c00, 0xbc00] {
         let change = |t: &mut Tiny| {
             t.tensors.get_mut(&at("weight_scale")).expect("there").2[..2].copy_from_slice(&bad.to_le_bytes());
@@ -324,7 +367,10 @@ fn generation_ends_by_length_stop_and_context() {
 
     let session = model.session();
     let refused = |request: Request| Generation::new(&model, &session, request).map(|_| ());
-    assert!(matches!(refused(Request { prompt: vec![1; 97], ..request.clone() }), Err(Error::Context { .. })));
+    assert!(matches!(
+        refused(Request { prompt: vec![1; 97], ..request.clone() }),
+        Err(Error::Context { .. })
+    ));
     assert!(refused(Request { prompt: vec![], ..request.clone() }).is_err());
     assert!(refused(Request { stop: vec![99], ..request.clone() }).is_err());
     let nan = Sampling { top_p: f32::NAN, ..Sampling::default() };
@@ -334,7 +380,14 @@ fn generation_ends_by_length_stop_and_context() {
 #[test]
 fn seeds_repeat_and_an_interrupted_step_may_be_tried_again() {
     let model = open(&Tiny::llama(), 1).expect("good");
-    let sampling = Sampling { temperature: 1.5, top_k: 20, top_p: 0.95, repeat_penalty: 1.1, seed: 5, ..Sampling::default() };
+    let sampling = Sampling {
+        temperature: 1.5,
+        top_k: 20,
+        top_p: 0.95,
+        repeat_penalty: 1.1,
+        seed: 5,
+        ..Sampling::default()
+    };
     let request = Request { prompt: PROMPT.to_vec(), max_new: 24, sampling, ..Request::default() };
     let (tokens, _) = generate(&model, request.clone());
     let mut session = model.session();

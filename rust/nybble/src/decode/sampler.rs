@@ -166,6 +166,7 @@ impl Sampler {
         self.weights.extend(self.ranked.iter().map(|&id| weight(id)));
     }
 
+    #[expect(clippy::float_cmp, reason = "a penalty of exactly 1 is none")]
     fn penalize(&mut self, logits: &mut [f32], history: &[u32]) {
         let penalty = self.settings.repeat_penalty;
         if penalty == 1.0 {
@@ -204,9 +205,8 @@ fn best(logits: &[f32]) -> Result<u32> {
 
 /// Reorders `ids` so that its first `count` are the highest, in order.
 fn rank(ids: &mut [u32], logits: &[f32], count: usize) {
-    let order = |a: &u32, b: &u32| -> Ordering {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let order =
+        |a: &u32, b: &u32| -> Ordering { logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)) };
     if count < ids.len() {
         ids.select_nth_unstable_by(count, order);
     }
@@ -232,8 +232,7 @@ mod tests {
             ids.truncate(settings.top_k);
         }
         let max = logits[ids[0] as usize];
-        let weight =
-            |id: u32| (f64::from(logits[id as usize] - max) / f64::from(settings.temperature)).exp();
+        let weight = |id: u32| (f64::from(logits[id as usize] - max) / f64::from(settings.temperature)).exp();
         let total: f64 = ids.iter().map(|&id| weight(id)).sum();
         let mut reached = 0.0;
         let mut kept = Vec::new();

@@ -54,8 +54,6 @@ impl<'a> Columns<'a> {
         assert!(row < self.rows && from <= self.width, "row {row} of {}, column {from}", self.rows);
         let len = len.min(self.width - from);
         // SAFETY: `new` checked that every row's columns lie inside the slice borrowed for 'a; disjointness is promised.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.data.add(row * self.stride + self.offset + from), len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.stride + self.offset + from), len) }
     }
 }

@@ -123,7 +123,13 @@ impl Kernels {
 }
 
 /// `y = x Wᵀ` with int8 activations, split over the pool by tiles; `y` has `x.rows()` rows and `w.rows()` columns.
-pub fn int_matmul(pool: &Pool, kernel: &dyn IntMatmul, w: &Packed, x: &Activations, y: Columns<'_>) -> Result<()> {
+pub fn int_matmul(
+    pool: &Pool,
+    kernel: &dyn IntMatmul,
+    w: &Packed,
+    x: &Activations,
+    y: Columns<'_>,
+) -> Result<()> {
     w.expect_layout(kernel.layout())?;
     if (x.cols(), x.group()) != (w.cols(), w.group()) {
         return Err(Error::argument(
@@ -141,7 +147,13 @@ pub fn int_matmul(pool: &Pool, kernel: &dyn IntMatmul, w: &Packed, x: &Activatio
 }
 
 /// `y = x Wᵀ` with float activations `x [rows, w.cols()]` and weights of any layout, split over the pool by tiles.
-pub fn float_matmul(pool: &Pool, kernel: &dyn f32::FloatMatmul, w: &Packed, x: &[f32], y: Columns<'_>) -> Result<()> {
+pub fn float_matmul(
+    pool: &Pool,
+    kernel: &dyn f32::FloatMatmul,
+    w: &Packed,
+    x: &[f32],
+    y: Columns<'_>,
+) -> Result<()> {
     if x.len() != y.rows() * w.cols() {
         return Err(Error::argument("x", format!("{} x {} values", y.rows(), w.cols()), x.len()));
     }
@@ -157,11 +169,7 @@ fn check_output(w: &Packed, rows: usize, y: Columns<'_>) -> Result<()> {
     if (y.rows(), y.width()) == (rows, w.rows()) {
         return Ok(());
     }
-    Err(Error::argument(
-        "output",
-        format!("{rows} x {}", w.rows()),
-        format!("{} x {}", y.rows(), y.width()),
-    ))
+    Err(Error::argument("output", format!("{rows} x {}", w.rows()), format!("{} x {}", y.rows(), y.width())))
 }
 
 const _: () = assert!(TILE_ROWS == 16);

@@ -62,6 +62,27 @@ impl Tensor {
             [rows @ .., cols] => (rows.iter().product(), *cols),
         }
     }
+
+    /// Whether a linear's weight has to be transposed to be `[rows, cols]`.
+    pub(super) fn exchanged(&self, linear: &LinearSpec) -> bool {
+        linear.transposed != (self.transform == Transform::Transposed)
+    }
+
+    /// Row `row` of `cols` values out of the stored `bytes`.
+    fn row(&self, bytes: &[u8], row: usize, cols: usize, out: &mut [f32]) -> Result<()> {
+        let row = match &self.transform {
+            Transform::Rows(map) => map[row] as usize,
+            _ => row,
+        };
+        let row_bytes = self.dtype.row_bytes(cols).unwrap_or(0);
+        dequantize(self.dtype, &bytes[row * row_bytes..][..row_bytes], out)?;
+        if self.transform == Transform::MinusOne {
+            for value in out {
+                *value -= 1.0;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Checkpoint {
@@ -91,7 +112,12 @@ impl Checkpoint {
             if let Some(other) = tensors.insert(name, tensor) {
                 let Tensor { stored: other, .. } = other;
                 let found = format!("{} as well", shown(&other));
-                return Err(Error::format(folder.path(), shown(stored), "one spelling of a tensor's name", found));
+                return Err(Error::format(
+                    folder.path(),
+                    shown(stored),
+                    "one spelling of a tensor's name",
+                    found,
+                ));
             }
         }
         let quantization = Quantization::read(&config).map_err(|error| in_file(error, &file))?;
@@ -214,19 +240,14 @@ impl Checkpoint {
     pub fn read_linear(&self, linear: &LinearSpec, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
         let name = linear.weight();
         let tensor = self.tensor(&name)?;
-        self.read(&name, tensor, rows, self.exchanged(linear, tensor), out)
-    }
-
-    /// Whether a linear's weight has to be transposed to be `[rows, cols]`.
-    pub(super) fn exchanged(&self, linear: &LinearSpec, tensor: &Tensor) -> bool {
-        linear.transposed != (tensor.transform == Transform::Transposed)
+        self.read(&name, tensor, rows, tensor.exchanged(linear), out)
     }
 
     /// All of a linear's weight, or of a table's, as 16-bit floats in rows; none when it is stored otherwise.
     pub(super) fn halves(&self, name: &str, exchanged: bool) -> Result<Option<(Dtype, Vec<u16>)>> {
         let tensor = self.tensor(name)?;
         let half = matches!(tensor.dtype, Dtype::F16 | Dtype::Bf16);
-        if !half || exchanged || tensor.transform == Transform::MinusOne {
+        if !half || tensor.shape.len() != 2 || tensor.transform == Transform::MinusOne {
             return Ok(None);
         }
         let bytes = self.stored(tensor)?;
@@ -238,24 +259,27 @@ impl Checkpoint {
                 let row_bytes = bytes.len() / map.len().max(1);
                 map.iter().flat_map(|row| bits(&bytes[*row as usize * row_bytes..][..row_bytes])).collect()
             }
+            // Only plain files of GPT-2 are stored the other way round from what is wanted.
+            _ if exchanged => {
+                let (rows, cols) = tensor.matrix();
+                let stored = bits(bytes);
+                (0..cols)
+                    .flat_map(|col| (0..rows).map(move |row| (row, col)))
+                    .map(|(r, c)| stored[r * cols + c])
+                    .collect()
+            }
             _ => bits(bytes),
         };
         Ok(Some((tensor.dtype, values)))
     }
 
     /// [`Checkpoint::read_linear`] of all rows, on the pool's threads.
-    pub(super) fn read_all(
-        &self,
-        name: &str,
-        exchanged: bool,
-        cols: usize,
-        pool: &Pool,
-    ) -> Result<Vec<f32>> {
+    pub(super) fn read_all(&self, name: &str, exchanged: bool, cols: usize, pool: &Pool) -> Result<Vec<f32>> {
         let tensor = self.tensor(name)?;
-        let elements = tensor.shape.iter().product();
+        let elements: usize = tensor.shape.iter().product();
         let mut out = Vec::new();
         if exchanged || tensor.shape.len() != 2 || cols == 0 {
-            let rows = if cols == 0 { 0 } else { elements / cols };
+            let rows = elements.checked_div(cols).unwrap_or(0);
             self.read(name, tensor, 0..rows, exchanged, &mut out)?;
             return Ok(out);
         }
@@ -264,7 +288,7 @@ impl Checkpoint {
         let failed = std::sync::Mutex::new(None);
         pool.split_rows(&mut out, cols, &|first, rows| {
             for (i, row) in rows.chunks_exact_mut(cols).enumerate() {
-                if let Err(error) = self.row(tensor, bytes, first + i, cols, row) {
+                if let Err(error) = tensor.row(bytes, first + i, cols, row) {
                     *failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error);
                     return;
                 }
@@ -274,20 +298,6 @@ impl Checkpoint {
             Some(error) => Err(error),
             None => Ok(out),
         }
-    }
-
-    /// One stored row, un-reordered.
-    fn row(&self, tensor: &Tensor, bytes: &[u8], row: usize, cols: usize, out: &mut [f32]) -> Result<()> {
-        let row = match &tensor.transform {
-            Transform::Rows(map) => map[row] as usize,
-            _ => row,
-        };
-        let row_bytes = tensor.dtype.row_bytes(cols).unwrap_or(0);
-        dequantize(tensor.dtype, &bytes[row * row_bytes..][..row_bytes], out)?;
-        if tensor.transform == Transform::MinusOne {
-            out.iter_mut().for_each(|value| *value -= 1.0);
-        }
-        Ok(())
     }
 
     /// Rows of a tensor; `exchanged` when the rows wanted are the columns of what is stored.
@@ -316,7 +326,7 @@ impl Checkpoint {
         if exchanged {
             let mut line = vec![0.0; stored_cols];
             for k in 0..stored_rows {
-                self.row(tensor, bytes, k, stored_cols, &mut line)?;
+                tensor.row(bytes, k, stored_cols, &mut line)?;
                 for (row, value) in rows.clone().enumerate() {
                     out[row * cols + k] = line[value];
                 }
@@ -328,7 +338,7 @@ impl Checkpoint {
             out.copy_from_slice(&whole[rows]);
         } else {
             for (i, row) in rows.enumerate() {
-                self.row(tensor, bytes, row, cols, &mut out[i * cols..][..cols])?;
+                tensor.row(bytes, row, cols, &mut out[i * cols..][..cols])?;
             }
         }
         Ok(())
@@ -339,7 +349,11 @@ impl Checkpoint {
 fn reserve(name: &str, out: &mut Vec<f32>, len: usize) -> Result<()> {
     out.clear();
     if out.try_reserve_exact(len).is_err() {
-        return Err(Error::argument(shown(name), "a tensor that fits into memory", format!("{len} elements")));
+        return Err(Error::argument(
+            shown(name),
+            "a tensor that fits into memory",
+            format!("{len} elements"),
+        ));
     }
     out.resize(len, 0.0);
     Ok(())

@@ -173,7 +173,8 @@ mod tests {
 
     #[test]
     fn every_problem_is_reported() {
-        let config = json!({"a": -1, "b": 1e30, "c": "x", "d": [1], "e": 4096.0, "f": null, "g": 0.5, "h": true});
+        let config =
+            json!({"a": -1, "b": 1e30, "c": "x", "d": [1], "e": 4096.0, "f": null, "g": 0.5, "h": true});
         let mut reader = Reader::new(&config).expect("an object");
         assert_eq!(reader.size("e"), 4096);
         assert_eq!(reader.size_or("f", 7), 7);

@@ -113,7 +113,12 @@ fn embed(run: Run<'_>, model: &Model, tokens: &[u32], start: usize, s: &mut Scra
 }
 
 /// Rows `row(0)`, `row(1)`, ... of a table.
-fn look_up(run: Run<'_>, table: &Packed, row: &(dyn Fn(usize) -> usize + Sync), out: &mut [f32]) -> Result<()> {
+fn look_up(
+    run: Run<'_>,
+    table: &Packed,
+    row: &(dyn Fn(usize) -> usize + Sync),
+    out: &mut [f32],
+) -> Result<()> {
     let failed = Mutex::new(None);
     run.pool.split_rows(out, table.cols(), &|first, rows| {
         for (i, out) in rows.chunks_exact_mut(table.cols()).enumerate() {
@@ -209,7 +214,9 @@ fn feed_forward(run: Run<'_>, mlp: &Mlp, n: usize, s: &mut Scratch) -> Result<()
     fit(&mut s.inner, n * mlp.inner);
     mlp.gate_up.forward(run, &s.xb, n, &mut s.rounded, &mut s.gate_up)?;
     run.pool.split_rows(&mut s.inner, mlp.inner, &|first, rows| {
-        for (gate_up, out) in s.gate_up[first * width..].chunks_exact(width).zip(rows.chunks_exact_mut(mlp.inner)) {
+        for (gate_up, out) in
+            s.gate_up[first * width..].chunks_exact(width).zip(rows.chunks_exact_mut(mlp.inner))
+        {
             mlp.activate(run, gate_up, out);
         }
     });

@@ -66,7 +66,15 @@ impl Linear {
             let columns = Columns::new(y, n, self.rows, offset, weight.rows());
             if let Some(per) = *rounding {
                 if have != Some((weight.group(), per)) {
-                    rounded.quantize(run.pool, run.kernels.quantize, x, n, weight.cols(), weight.group(), per)?;
+                    rounded.quantize(
+                        run.pool,
+                        run.kernels.quantize,
+                        x,
+                        n,
+                        weight.cols(),
+                        weight.group(),
+                        per,
+                    )?;
                     have = Some((weight.group(), per));
                 }
                 let kernel = if weight.layout() == Layout::W4 { run.kernels.w4a8 } else { run.kernels.w8a8 };

@@ -13,7 +13,9 @@ use super::blocks::{Block, Layer, Norm};
 use super::checkpoint::Checkpoint;
 use super::linear::{Linear, Part};
 use super::quantization::{ActivationScheme, Grouping, Scheme, Storage};
-use super::spec::{AttentionSpec, BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Position, Qkv, Spec};
+use super::spec::{
+    AttentionSpec, BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Position, Qkv, Spec,
+};
 use super::validate::scheme;
 use crate::error::{Error, Result};
 use crate::format::Dtype;
@@ -40,7 +42,7 @@ impl Weights {
         let load = Loader { checkpoint, pool };
         let embedding = Arc::new(load.table(&spec.embedding)?);
         let head = if spec.tied {
-            Linear::new(vec![load.tied_head(spec, &embedding)?], None)
+            Linear::new(vec![load.tied_head(spec, &embedding)], None)
         } else {
             load.linear(&[&spec.head], None)?
         };
@@ -140,11 +142,17 @@ impl Loader<'_> {
         if norm.affine {
             self.checkpoint.read_f32(&format!("{}.weight", norm.module), 0..norm.dim, &mut gain)?;
             if norm.plus_one {
-                gain.iter_mut().for_each(|gain| *gain += 1.0);
+                for gain in &mut gain {
+                    *gain += 1.0;
+                }
             }
         }
         if norm.has_bias() {
-            self.checkpoint.read_f32(&format!("{}.bias", norm.module), 0..norm.dim, bias.insert(Vec::new()))?;
+            self.checkpoint.read_f32(
+                &format!("{}.bias", norm.module),
+                0..norm.dim,
+                bias.insert(Vec::new()),
+            )?;
         }
         Ok(Some(Norm { kind: norm.kind, eps: norm.eps, gain, bias }))
     }
@@ -178,7 +186,7 @@ impl Loader<'_> {
         let shape = [linear.rows, linear.cols];
         let Some(scheme) = scheme(self.checkpoint.quantization(), &linear.module, linear.classes()) else {
             let name = linear.weight();
-            let exchanged = self.checkpoint.exchanged(linear, self.checkpoint.tensor(&name)?);
+            let exchanged = self.checkpoint.tensor(&name)?.exchanged(linear);
             let weight = self.float(&name, shape, exchanged, row_map)?;
             return Ok(Part { weight: Arc::new(weight), rounding: None });
         };
@@ -196,7 +204,7 @@ impl Loader<'_> {
     }
 
     /// The head that is the embedding. With quantized weights its inputs are rounded as those of the other linears.
-    fn tied_head(&self, spec: &Spec, embedding: &Arc<Packed>) -> Result<Part> {
+    fn tied_head(&self, spec: &Spec, embedding: &Arc<Packed>) -> Part {
         let mut rounding = None;
         if let Some(quantization) = self.checkpoint.quantization()
             && matches!(embedding.layout(), Layout::W4 | Layout::W8)
@@ -204,7 +212,7 @@ impl Loader<'_> {
             // A group of the weight's own width, whatever width the linears have.
             rounding = quantization.tied_activations(&spec.embedding.module, &["Embedding"]).map(granularity);
         }
-        Ok(Part { weight: Arc::clone(embedding), rounding })
+        Part { weight: Arc::clone(embedding), rounding }
     }
 
     /// A plain matrix.
@@ -291,7 +299,7 @@ impl Loader<'_> {
         let bits = scheme.weights.bits;
         if scheme.weights.storage == Storage::Bytes || scheme.weights.grouping == Grouping::Tensor {
             let offset = 1 << (bits - 1);
-            let code = |byte: &u8| (*byte as i8 as i16 + offset).clamp(0, 255) as u8;
+            let code = |byte: &u8| (i16::from(*byte as i8) + offset).clamp(0, 255) as u8;
             let codes: Vec<u8> = bytes.iter().map(code).collect();
             return Ok(if codes.len() == rows * groups { codes } else { vec![codes[0]; rows * groups] });
         }

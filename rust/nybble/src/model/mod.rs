@@ -41,6 +41,8 @@ pub use info::Info;
 pub use session::{Logits, Session};
 pub use spec::Spec;
 
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
 /// How to open a model.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LoadOptions {
@@ -88,9 +90,8 @@ impl Model {
         validate::validate(&spec, &checkpoint)?;
         let weights = load::Weights::load(&spec, &checkpoint, &pool)?;
         let kv = options.kv.unwrap_or(if weights.quantized() { KvType::F16 } else { KvType::F32 });
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         Ok(Self {
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             path: path.to_path_buf(),
             spec,
             config: checkpoint.config().clone(),

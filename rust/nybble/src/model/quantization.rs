@@ -139,7 +139,10 @@ impl Quantization {
         if let Some(status) = text(section, "quantization_status")
             && status != "compressed"
         {
-            return Err(Error::unsupported(format!("quantization_status {status:?}"), "\"compressed\" is read"));
+            return Err(Error::unsupported(
+                format!("quantization_status {status:?}"),
+                "\"compressed\" is read",
+            ));
         }
         for key in ["sparsity_config", "transform_config"] {
             let format = section.get(key).and_then(|inner| inner.get("format")).and_then(Value::as_str);
@@ -160,7 +163,8 @@ impl Quantization {
                 return Err(Error::format(FILE, "config_groups", "an object of groups", found));
             }
         };
-        let groups = groups.iter().map(|(name, group)| Group::read(name, group, format)).collect::<Result<_>>()?;
+        let groups =
+            groups.iter().map(|(name, group)| Group::read(name, group, format)).collect::<Result<_>>()?;
         let ignore = targets("ignore", section.get("ignore"))?;
         Ok(Some(Self { groups, ignore }))
     }
@@ -182,9 +186,10 @@ impl Quantization {
     ///
     /// An embedding has no inputs to round, so its own group cannot say.
     pub fn tied_activations(&self, module: &str, classes: &[&str]) -> Option<ActivationScheme> {
-        let own = self.groups.iter().find(|group| {
-            group.targets.iter().any(|target| target.fit(module, classes).is_some())
-        });
+        let own = self
+            .groups
+            .iter()
+            .find(|group| group.targets.iter().any(|target| target.fit(module, classes).is_some()));
         own.and_then(|group| group.scheme.activations)
             .or_else(|| self.groups.iter().find_map(|group| group.scheme.activations))
     }
@@ -216,7 +221,9 @@ impl Group {
         let activations = match group.get("input_activations") {
             None | Some(Value::Null) => None,
             Some(Value::Object(map)) => Some(activations(&key("input_activations"), map)?),
-            Some(other) => return Err(Error::format(FILE, key("input_activations"), "an object", brief(other))),
+            Some(other) => {
+                return Err(Error::format(FILE, key("input_activations"), "an object", brief(other)));
+            }
         };
         let scheme = Scheme { weights: weight_scheme(&key("weights"), weights, storage)?, activations };
         Ok(Self { targets: targets(&key("targets"), group.get("targets"))?, scheme })
@@ -232,10 +239,9 @@ fn targets(key: &str, value: Option<&Value>) -> Result<Vec<Target>> {
     match value {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::String(one)) => Ok(vec![Target::parse(one)?]),
-        Some(Value::Array(list)) if list.len() <= MAX_LIST => list
-            .iter()
-            .map(|item| Target::parse(item.as_str().ok_or_else(|| wrong(brief(item)))?))
-            .collect(),
+        Some(Value::Array(list)) if list.len() <= MAX_LIST => {
+            list.iter().map(|item| Target::parse(item.as_str().ok_or_else(|| wrong(brief(item)))?)).collect()
+        }
         Some(other) => Err(wrong(brief(other))),
     }
 }
@@ -257,16 +263,23 @@ fn only(key: &str, map: &Map<String, Value>, part: &str, accepted: &[Value]) -> 
 
 fn size(key: &str, map: &Map<String, Value>, part: &str) -> Result<usize> {
     let value = map.get(part).unwrap_or(&Value::Null);
-    value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0).ok_or_else(|| {
-        Error::format(FILE, format!("{key}.{part}"), "a positive whole number", brief(value))
-    })
+    value
+        .as_u64()
+        .and_then(|n| usize::try_from(n).ok())
+        .filter(|n| *n > 0)
+        .ok_or_else(|| Error::format(FILE, format!("{key}.{part}"), "a positive whole number", brief(value)))
 }
 
 fn weight_scheme(key: &str, map: &Map<String, Value>, storage: Storage) -> Result<WeightScheme> {
     only(key, map, "type", &["int".into()])?;
     only(key, map, "dynamic", &[false.into(), Value::Null])?;
     only(key, map, "num_bits", &[4.into(), 8.into()])?;
-    only(key, map, "actorder", &[Value::Null, "static".into(), "weight".into(), "group".into(), "dynamic".into()])?;
+    only(
+        key,
+        map,
+        "actorder",
+        &[Value::Null, "static".into(), "weight".into(), "group".into(), "dynamic".into()],
+    )?;
     let grouping = match (text(map, "strategy"), map.get("group_size").and_then(Value::as_i64)) {
         (Some("group"), _) | (None, Some(1..)) => Grouping::Columns(size(key, map, "group_size")?),
         (Some("channel"), _) | (None, Some(-1)) => Grouping::Row,

@@ -75,6 +75,7 @@ impl RopeSpec {
     ///
     /// The frequencies are computed in `f32` from the exponent on, as the models were trained: at far positions the
     /// rounding of a frequency is visible in the angle.
+    #[expect(clippy::float_cmp, reason = "the published formula compares exactly")]
     pub fn frequencies(&self) -> (Vec<f32>, f32) {
         let theta = self.theta as f32;
         let pairs = self.dim / 2;
@@ -155,6 +156,7 @@ impl RopeSpec {
         spec
     }
 
+    #[expect(clippy::float_cmp, reason = "a factor of exactly 1 is none")]
     fn read_scaling(&mut self, config: &mut Reader<'_>, map: &Map<String, Value>, context: usize) {
         self.theta = config.number_or("rope_theta", self.theta);
         let fallback = config.text_or("type", "default");
@@ -162,9 +164,8 @@ impl RopeSpec {
         if config.opt_number("partial_rotary_factor").is_some_and(|factor| factor != 1.0) {
             config.problem("partial_rotary_factor: expected 1 for this family");
         }
-        let original = |config: &mut Reader<'_>| {
-            config.number_or("original_max_position_embeddings", context as f64)
-        };
+        let original =
+            |config: &mut Reader<'_>| config.number_or("original_max_position_embeddings", context as f64);
         self.scaling = match kind {
             // Within the context it was trained for, dynamic scaling is the plain embedding.
             "default" | "dynamic" => Scaling::Default,
@@ -196,8 +197,7 @@ impl RopeSpec {
             "longrope" => {
                 let original = original(config);
                 let factor = config.number_or("factor", context as f64 / original);
-                let inferred =
-                    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+                let inferred = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
                 let short = divisors(config, map, "short_factor", self.dim / 2);
                 let long = divisors(config, map, "long_factor", self.dim / 2);
                 // Switching from short to long in the middle of a text would leave the cached keys turned the old way.
@@ -206,10 +206,7 @@ impl RopeSpec {
                         "short_factor: expected the same values as long_factor; switching between them is not supported",
                     );
                 }
-                Scaling::Factors {
-                    factors: short,
-                    attention: config.number_or("attention_factor", inferred),
-                }
+                Scaling::Factors { factors: short, attention: config.number_or("attention_factor", inferred) }
             }
             other => {
                 config.problem(format!(
@@ -328,7 +325,10 @@ mod tests {
             (json!({"rope_scaling": {"rope_type": "warp"}}), "warp"),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor"),
             (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "low_freq_factor"),
-            (json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}}), "short_factor"),
+            (
+                json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}}),
+                "short_factor",
+            ),
             (json!({"rope_scaling": {"rope_type": "linear", "factor": "NaN"}}), "factor"),
             (json!({"rope_scaling": 3}), "expected an object"),
             (json!({"rope_theta": -5}), "rope_theta"),

@@ -277,7 +277,7 @@ pub struct LinearSpec {
     pub cols: usize,
     /// Whether it has a bias.
     pub bias: bool,
-    /// The plain weight is stored `[cols, rows]` (the Conv1D of GPT-2). Packed weights are `[rows, cols]` always.
+    /// The plain weight is stored `[cols, rows]` (the `Conv1D` of GPT-2). Packed weights are `[rows, cols]` always.
     pub transposed: bool,
     /// What it is for.
     pub role: Role,
@@ -366,13 +366,14 @@ impl Spec {
             matrix(linear.rows, linear.cols) + if linear.bias { linear.rows as u64 } else { 0 }
         });
         let tables = self.embeddings().into_iter().map(|table| matrix(table.rows, table.cols));
-        let norms = self.norms().into_iter().map(|norm| {
-            norm.dim as u64 * (u64::from(norm.affine) + u64::from(norm.has_bias()))
-        });
+        let norms = self
+            .norms()
+            .into_iter()
+            .map(|norm| norm.dim as u64 * (u64::from(norm.affine) + u64::from(norm.has_bias())));
         linears.chain(tables).chain(norms).fold(0, u64::saturating_add)
     }
 
-    /// Head slopes of ALiBi: powers of `2^(-8/n)` for `n` heads; with `n` between two powers of two, every second slope of
+    /// Head slopes of `ALiBi`: powers of `2^(-8/n)` for `n` heads; with `n` between two powers of two, every second slope of
     /// the next power fills up.
     pub fn alibi_slopes(heads: usize) -> Vec<f32> {
         let power = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };

@@ -49,7 +49,10 @@ impl Check<'_> {
         if self.more > 0 {
             self.problems.push(format!("and {} more", self.more));
         }
-        Err(Error::Config { file: self.checkpoint.config_file().display().to_string(), problems: self.problems })
+        Err(Error::Config {
+            file: self.checkpoint.config_file().display().to_string(),
+            problems: self.problems,
+        })
     }
 
     fn linear(&mut self, linear: &LinearSpec) {
@@ -80,7 +83,10 @@ impl Check<'_> {
         match scheme {
             Some(scheme) => self.quantized(module, shape, scheme),
             None if packed => {
-                self.problem(format!("{}: no group of quantization_config names this module", name("weight_packed")));
+                self.problem(format!(
+                    "{}: no group of quantization_config names this module",
+                    name("weight_packed")
+                ));
             }
             None if transposed => self.floats(&name("weight"), &[shape[1], shape[0]]),
             None => self.floats(&name("weight"), &shape),
@@ -92,10 +98,14 @@ impl Check<'_> {
         let weights = scheme.weights;
         let groups = match weights.grouping {
             Grouping::Columns(group) if group < cols && !group.is_multiple_of(TILE_K) => {
-                return self.problem(format!("{module}: expected a group_size that is a multiple of 32, found {group}"));
+                return self.problem(format!(
+                    "{module}: expected a group_size that is a multiple of 32, found {group}"
+                ));
             }
             Grouping::Columns(group) if !cols.is_multiple_of(group) => {
-                return self.problem(format!("{module}: expected a group_size that divides {cols} columns, found {group}"));
+                return self.problem(format!(
+                    "{module}: expected a group_size that divides {cols} columns, found {group}"
+                ));
             }
             Grouping::Columns(group) => cols / group,
             Grouping::Row | Grouping::Tensor => 1,
@@ -199,7 +209,9 @@ impl Check<'_> {
         if let Some(found) = self.integers(name, cols)
             && found.iter().enumerate().any(|(i, g)| *g != -1 && *g != (i / group.max(1)) as i64)
         {
-            self.problem(format!("{name}: columns regrouped by activation order (actorder) are not supported"));
+            self.problem(format!(
+                "{name}: columns regrouped by activation order (actorder) are not supported"
+            ));
         }
     }
 }

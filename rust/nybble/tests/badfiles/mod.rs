@@ -28,7 +28,8 @@ impl Stopwatch {
 
     fn cpu() -> Option<Duration> {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-        Some(Duration::from_nanos(text.split_whitespace().next()?.parse().ok()?))
+        let busy = Duration::from_nanos(text.split_whitespace().next()?.parse().ok()?);
+        (!busy.is_zero()).then_some(busy) // zero where the kernel keeps no such count
     }
 }
 

@@ -6,7 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nybble::format::Access;
+use nybble::format::folder::Folder;
 use nybble::format::publish::StagedFolder;
+
+use crate::badfiles::{safetensors, write_sharded};
 
 /// Names in a folder, sorted.
 fn names(folder: &Path) -> Vec<String> {
@@ -170,6 +174,35 @@ fn a_folder_moved_away_by_a_killed_process_comes_back() {
     fs::create_dir(&old).expect("a folder");
     drop(StagedFolder::new(&out, true).expect("a staged folder"));
     assert_eq!(names(root.path()), ["out"]);
+}
+
+#[test]
+fn a_folder_that_is_open_can_be_replaced() {
+    let root = tempfile::tempdir().expect("a folder");
+    let out = root.path().join("out");
+    fs::create_dir(&out).expect("a folder");
+    write_sharded(&out);
+    let model = Folder::open(&out, Access::Map).expect("a good folder");
+    let staged = StagedFolder::new(&out, true).expect("a staged folder");
+    write(staged.path(), "config.json", "{}");
+    fs::write(staged.path().join("model.safetensors"), safetensors("{}", &[])).expect("a file");
+    staged.commit().expect("published");
+    // The mapping keeps the old files alive; whoever opens the folder now sees the new ones.
+    assert_eq!(model.bytes("b").expect("there"), [24, 25, 26, 27]);
+    model.release("b");
+    assert_eq!(model.bytes("b").expect("there"), [24, 25, 26, 27]);
+    assert!(Folder::open(&out, Access::Map).expect("a good folder").tensors().is_empty());
+}
+
+#[test]
+fn a_file_read_into_memory_may_be_truncated() {
+    let root = tempfile::tempdir().expect("a folder");
+    write_sharded(root.path());
+    let model = Folder::open(root.path(), Access::Read).expect("a good folder");
+    for name in names(root.path()) {
+        fs::File::create(root.path().join(name)).expect("a file"); // truncates
+    }
+    assert_eq!(model.bytes("b").expect("there"), [24, 25, 26, 27]);
 }
 
 const CHILD: &str = "NYBBLE_TEST_PUBLISH";

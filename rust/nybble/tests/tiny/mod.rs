@@ -70,7 +70,14 @@ impl Tiny {
 
     /// Rounds a matrix to `bits` with a scale a `group` columns, leaves the rounded floats in `self`, and puts the packed
     /// tensors into `packed`.
-    pub(crate) fn quantize(&mut self, module: &str, bits: u32, group: usize, symmetric: bool, packed: &mut Self) {
+    pub(crate) fn quantize(
+        &mut self,
+        module: &str,
+        bits: u32,
+        group: usize,
+        symmetric: bool,
+        packed: &mut Self,
+    ) {
         let name = format!("{module}.weight");
         let (_, shape, _) = self.tensors[&name].clone();
         let (rows, cols) = (shape[0], shape[1]);
@@ -85,7 +92,8 @@ impl Tiny {
         for row in 0..rows {
             for g in 0..groups {
                 let part = &mut values[row * cols + g * group..][..group];
-                let (low, high) = part.iter().fold((0.0_f32, 0.0_f32), |(low, high), v| (low.min(*v), high.max(*v)));
+                let (low, high) =
+                    part.iter().fold((0.0_f32, 0.0_f32), |(low, high), v| (low.min(*v), high.max(*v)));
                 let span = if symmetric { 2.0 * high.max(-low) } else { high - low };
                 let scale = half::f16::from_f32(span / levels).to_f32();
                 let zero = if symmetric { middle } else { (-low / scale).round() as u32 };
@@ -123,7 +131,8 @@ impl Tiny {
     }
 
     pub(crate) fn save_to(&self, dir: &Path) {
-        let entries = self.tensors.iter().map(|(name, (dtype, shape, _))| (name.clone(), *dtype, shape.clone()));
+        let entries =
+            self.tensors.iter().map(|(name, (dtype, shape, _))| (name.clone(), *dtype, shape.clone()));
         let mut writer =
             SafeTensorsWriter::create(dir.join("model.safetensors"), entries.collect()).expect("a new file");
         for (name, (_, _, bytes)) in &self.tensors {

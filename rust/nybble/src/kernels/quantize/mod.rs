@@ -63,13 +63,14 @@ pub trait Quantize: Sync {
 
 /// All implementations this CPU allows, lowest tier first.
 pub fn kernels() -> Vec<&'static dyn Quantize> {
-    let mut list: Vec<&'static dyn Quantize> = vec![&scalar::Scalar];
-    #[cfg(target_arch = "x86_64")]
-    {
-        list.extend(avx2::kernel());
-        list.extend(avx512vnni::kernel());
-    }
-    list
+    let all: &[Option<&'static dyn Quantize>] = &[
+        Some(&scalar::Scalar),
+        #[cfg(target_arch = "x86_64")]
+        avx2::kernel(),
+        #[cfg(target_arch = "x86_64")]
+        avx512vnni::kernel(),
+    ];
+    all.iter().copied().flatten().collect()
 }
 
 /// Elements below which a second thread costs more than it saves.

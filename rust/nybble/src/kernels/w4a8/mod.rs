@@ -17,16 +17,16 @@ use super::IntMatmul;
 
 /// All implementations this CPU allows, lowest tier first.
 pub fn kernels() -> Vec<&'static dyn IntMatmul> {
-    let mut list: Vec<&'static dyn IntMatmul> = vec![&scalar::Scalar];
-    #[cfg(target_arch = "x86_64")]
-    {
-        list.extend(avx2::kernel());
-        list.extend(avx512vnni::kernel());
-    }
-    #[cfg(target_arch = "aarch64")]
-    {
-        list.extend(neon::kernel());
-        list.extend(neon_dotprod::kernel());
-    }
-    list
+    let all: &[Option<&'static dyn IntMatmul>] = &[
+        Some(&scalar::Scalar),
+        #[cfg(target_arch = "x86_64")]
+        avx2::kernel(),
+        #[cfg(target_arch = "x86_64")]
+        avx512vnni::kernel(),
+        #[cfg(target_arch = "aarch64")]
+        neon::kernel(),
+        #[cfg(target_arch = "aarch64")]
+        neon_dotprod::kernel(),
+    ];
+    all.iter().copied().flatten().collect()
 }

@@ -1,4 +1,4 @@
-//! BLOOM: ALiBi in place of positions, a norm on the embedding, and one projection with queries, keys and values
+//! BLOOM: `ALiBi` in place of positions, a norm on the embedding, and one projection with queries, keys and values
 //! interleaved head by head.
 
 use serde_json::{Map, Value, json};
@@ -33,7 +33,8 @@ fn spec(config: &Value) -> Result<Spec> {
         if c.get(new).is_none() && c.get(old).is_some() { old } else { new }
     };
     let width = either(c, "n_embed", "hidden_size");
-    let (layer_key, head_key) = (either(c, "n_layer", "num_hidden_layers"), either(c, "n_head", "num_attention_heads"));
+    let (layer_key, head_key) =
+        (either(c, "n_layer", "num_hidden_layers"), either(c, "n_head", "num_attention_heads"));
     let hidden = if c.get(width).is_some() { c.size(width) } else { c.size("hidden_size") };
     let layers = c.layers(layer_key);
     let heads = c.size(head_key);
@@ -141,7 +142,10 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
     config.insert("n_layer".into(), json!(meta.need("block_count")?));
     config.insert("n_head".into(), json!(meta.need("attention.head_count")?));
     config.insert("seq_length".into(), json!(meta.size("context_length")?.unwrap_or(2048)));
-    config.insert("layer_norm_epsilon".into(), json!(meta.number("attention.layer_norm_epsilon")?.unwrap_or(1e-5)));
+    config.insert(
+        "layer_norm_epsilon".into(),
+        json!(meta.number("attention.layer_norm_epsilon")?.unwrap_or(1e-5)),
+    );
     // Converters write a copy of the embedding as the head.
     config.insert("tie_word_embeddings".into(), json!(true));
     Ok(config)
@@ -167,12 +171,15 @@ mod tests {
 
     #[test]
     fn a_minimal_config_and_the_order_of_rows() {
-        let config = json!({"model_type": "bloom", "hidden_size": 12, "n_layer": 1, "n_head": 3, "vocab_size": 50});
+        let config =
+            json!({"model_type": "bloom", "hidden_size": 12, "n_layer": 1, "n_head": 3, "vocab_size": 50});
         let good = spec(&config).expect("good");
         assert!(good.tied && good.embedding_norm.is_some() && good.position == Position::Alibi);
         assert!(good.linears().iter().all(|linear| linear.bias));
         assert_eq!(good.layers[0].mlp.up.rows, 48);
-        let Transform::Rows(map) = transform("transformer.h.0.self_attention.query_key_value.bias", 36, &good) else {
+        let Transform::Rows(map) =
+            transform("transformer.h.0.self_attention.query_key_value.bias", 36, &good)
+        else {
             panic!("reordered")
         };
         assert_eq!(map[4..8], [12, 13, 14, 15]); // keys of head 0 stand behind the queries of all heads
@@ -182,6 +189,9 @@ mod tests {
         assert_eq!(spec(&old).expect("good"), good);
         let lies = json!({"model_type": "bloom", "hidden_size": 13, "n_layer": 0, "n_head": 3});
         let message = spec(&lies).map_err(|e| e.to_string()).expect_err("lies");
-        assert!(["hidden_size", "n_layer", "vocab_size"].iter().all(|word| message.contains(word)), "{message}");
+        assert!(
+            ["hidden_size", "n_layer", "vocab_size"].iter().all(|word| message.contains(word)),
+            "{message}"
+        );
     }
 }

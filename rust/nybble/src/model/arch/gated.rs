@@ -30,6 +30,7 @@ pub(super) enum Windows {
 
 /// Where a family differs.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a part that a family has or has not")]
 pub(super) struct Traits {
     pub(super) family: &'static str,
     /// Bias of q, k, v; then of the attention output.
@@ -98,16 +99,12 @@ pub(super) fn spec(mut config: Reader<'_>, traits: &Traits) -> Result<Spec> {
         c.problem(format!("head_dim: expected an even number to rotate, found {head_dim}"));
     }
     let name = c.text_or(traits.activation_key, traits.default_activation);
-    let activation = match Activation::parse(name) {
-        Some(activation @ (Activation::Silu | Activation::GeluTanh)) => activation,
-        _ => {
-            c.problem(format!(
-                "{}: expected silu or gelu_pytorch_tanh for a gated block, found {name:?}",
-                traits.activation_key
-            ));
-            Activation::Silu
-        }
-    };
+    let gated = |activation: &Activation| matches!(activation, Activation::Silu | Activation::GeluTanh);
+    let activation = Activation::parse(name).filter(gated).unwrap_or_else(|| {
+        let key = traits.activation_key;
+        c.problem(format!("{key}: expected silu or gelu_pytorch_tanh for a gated block, found {name:?}"));
+        Activation::Silu
+    });
     let score_dim = match traits.score_key {
         Some(key) => c.number_or(key, head_dim as f64),
         None => head_dim as f64,
@@ -166,10 +163,7 @@ pub(super) fn spec(mut config: Reader<'_>, traits: &Traits) -> Result<Spec> {
         };
         LayerSpec {
             attention,
-            attention_norms: norms(
-                "input_layernorm",
-                traits.sandwich.then_some("post_attention_layernorm"),
-            ),
+            attention_norms: norms("input_layernorm", traits.sandwich.then_some("post_attention_layernorm")),
             mlp: MlpSpec {
                 gate: Some(mlp("gate", inner, hidden, Role::GateUp)),
                 up: mlp("up", inner, hidden, Role::GateUp),
@@ -216,12 +210,7 @@ fn ropes(c: &mut Reader<'_>, traits: &Traits, head_dim: usize, context: usize) -
 }
 
 /// Whether each layer sees a window only.
-fn sliding_layers(
-    c: &mut Reader<'_>,
-    windows: Windows,
-    layers: usize,
-    window: Option<usize>,
-) -> Vec<bool> {
+fn sliding_layers(c: &mut Reader<'_>, windows: Windows, layers: usize, window: Option<usize>) -> Vec<bool> {
     let off = match windows {
         Windows::Never => true,
         Windows::All | Windows::Pattern => window.is_none(),

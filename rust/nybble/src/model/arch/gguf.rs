@@ -73,7 +73,10 @@ pub fn find(gguf: &Gguf) -> Result<(&'static Arch, &'static GgufArch)> {
         let names: Vec<_> = known().map(|(_, arch)| arch.name).collect();
         let shown: String = name.chars().filter(|c| !c.is_control()).take(60).collect();
         let file = gguf.path().display();
-        Error::unsupported(format!("{file}: architecture {shown:?}"), format!("{} are read", names.join(", ")))
+        Error::unsupported(
+            format!("{file}: architecture {shown:?}"),
+            format!("{} are read", names.join(", ")),
+        )
     })
 }
 
@@ -153,9 +156,7 @@ impl<'a> Metadata<'a> {
         config.insert("architectures".into(), json!([class]));
         config.insert("model_type".into(), json!(model_type));
         config.insert("vocab_size".into(), json!(embedding.shape.first()));
-        for (key, name) in
-            [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")]
-        {
+        for (key, name) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
             if let Some(id) = self.gguf.u64(&format!("tokenizer.ggml.{name}_token_id"))? {
                 config.insert(key.into(), json!(id));
             }
@@ -180,7 +181,10 @@ impl<'a> Metadata<'a> {
         }
         let rotated = self.size("rope.dimension_count")?;
         let width = self.size("attention.key_length")?.or(rotated).unwrap_or(hidden / heads.max(1));
-        for (key, other) in [("rope.dimension_count", rotated), ("attention.value_length", self.size("attention.value_length")?)] {
+        for (key, other) in [
+            ("rope.dimension_count", rotated),
+            ("attention.value_length", self.size("attention.value_length")?),
+        ] {
             if other.is_some_and(|other| other != width) {
                 let found = other.map_or_else(String::new, |n| n.to_string());
                 return Err(Error::unsupported(
@@ -196,6 +200,7 @@ impl<'a> Metadata<'a> {
         Ok(config)
     }
 
+    #[expect(clippy::float_cmp, reason = "a factor of exactly 1 is none")]
     /// Adds `rope_theta` and `rope_scaling`. `config` has `head_dim` and `max_position_embeddings`.
     pub fn rope(&self, config: &mut Map<String, Value>) -> Result<()> {
         if let Some(theta) = self.number("rope.freq_base")? {
@@ -238,6 +243,7 @@ impl<'a> Metadata<'a> {
         Ok(())
     }
 
+    #[expect(clippy::float_cmp, reason = "divisors that are all exactly 1 do nothing")]
     /// The divisors of the frequencies, which a converter writes as a tensor for Llama 3.
     fn rope_factors(&self, head_dim: u64) -> Result<Option<Vec<f32>>> {
         let name = "rope_freqs.weight";
@@ -295,7 +301,9 @@ mod tests {
         ] {
             assert_eq!(name(arch, stored).as_deref(), Some(hf));
         }
-        for stored in ["rope_freqs.weight", "blk.x.attn_q.weight", "blk.99999999.attn_q.weight", "blk.1.attn_q", "a"] {
+        for stored in
+            ["rope_freqs.weight", "blk.x.attn_q.weight", "blk.99999999.attn_q.weight", "blk.1.attn_q", "a"]
+        {
             assert_eq!(name("llama", stored), None);
         }
     }

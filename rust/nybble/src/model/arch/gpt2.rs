@@ -1,4 +1,4 @@
-//! GPT-2: learned positions, layer norms, tanh GELU, and linears stored `[inputs, outputs]` ("Conv1D").
+//! GPT-2: learned positions, layer norms, tanh GELU, and linears stored `[inputs, outputs]` (`Conv1D`).
 
 use serde_json::{Map, Value, json};
 
@@ -31,7 +31,8 @@ fn spec(config: &Value) -> Result<Spec> {
     let layers = c.layers("n_layer");
     let heads = c.size("n_head");
     let vocab = c.size("vocab_size");
-    let context = if c.get("n_positions").is_none() { c.size_or("n_ctx", 1024) } else { c.size("n_positions") };
+    let context =
+        if c.get("n_positions").is_none() { c.size_or("n_ctx", 1024) } else { c.size("n_positions") };
     let inner = c.size_or("n_inner", hidden.saturating_mul(4));
     let eps = c.number_or("layer_norm_epsilon", 1e-5) as f32;
     c.divides(("n_embd", hidden), ("n_head", heads));
@@ -151,7 +152,10 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
     if let Some(inner) = meta.size("feed_forward_length")? {
         config.insert("n_inner".into(), json!(inner));
     }
-    config.insert("layer_norm_epsilon".into(), json!(meta.number("attention.layer_norm_epsilon")?.unwrap_or(1e-5)));
+    config.insert(
+        "layer_norm_epsilon".into(),
+        json!(meta.number("attention.layer_norm_epsilon")?.unwrap_or(1e-5)),
+    );
     config.insert("activation_function".into(), json!("gelu_new"));
     Ok(config)
 }
@@ -162,7 +166,8 @@ mod tests {
 
     #[test]
     fn a_minimal_config() {
-        let mut config = json!({"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 4, "vocab_size": 50});
+        let mut config =
+            json!({"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 4, "vocab_size": 50});
         let plain = spec(&config).expect("good");
         assert!(plain.tied && plain.context == 1024);
         assert!(plain.linears().iter().all(|linear| linear.transposed && linear.bias));

@@ -1,4 +1,4 @@
-//! Llama 1 to 3, Mistral, and models built alike (SmolLM2, TinyLlama and many more): the plainest modern decoder.
+//! Llama 1 to 3, Mistral, and models built alike (`SmolLM2`, `TinyLlama` and many more): the plainest modern decoder.
 
 use serde_json::{Map, Value, json};
 
@@ -129,9 +129,15 @@ mod tests {
         let config = json!({"model_type": "llama", "hidden_size": 65, "intermediate_size": 0, "num_hidden_layers": 1e9,
             "num_attention_heads": 8, "num_key_value_heads": 3, "hidden_act": "sin", "rms_norm_eps": -1});
         let message = spec(&config).map_err(|e| e.to_string()).expect_err("lies");
-        for word in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size",
-            "hidden_act", "rms_norm_eps"]
-        {
+        for word in [
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_key_value_heads",
+            "vocab_size",
+            "hidden_act",
+            "rms_norm_eps",
+        ] {
             assert!(message.contains(word), "{word}: {message}");
         }
     }

@@ -93,7 +93,10 @@ mod tests {
     #[test]
     fn unknown_families_list_the_known_ones() {
         let message = spec(&json!({"model_type": "mamba"})).map_err(|e| e.to_string()).expect_err("unknown");
-        assert!(message.contains("mamba") && message.contains("qwen2") && message.contains("bloom"), "{message}");
+        assert!(
+            message.contains("mamba") && message.contains("qwen2") && message.contains("bloom"),
+            "{message}"
+        );
         assert!(spec(&json!({})).is_err());
         assert!(spec(&json!({"model_type": ["llama"]})).is_err());
         assert!(spec(&json!(7)).is_err());
@@ -101,16 +104,16 @@ mod tests {
 
     #[test]
     fn prefixes_are_normalised() {
-        let name = |family: &str, name: &str| {
-            find(&json!({"model_type": family})).expect("known").canonical(name)
-        };
+        let name =
+            |family: &str, name: &str| find(&json!({"model_type": family})).expect("known").canonical(name);
         assert_eq!(name("gpt2", "h.0.ln_1.weight"), "transformer.h.0.ln_1.weight");
         assert_eq!(name("gpt2", "transformer.h.0.ln_1.weight"), "transformer.h.0.ln_1.weight");
         assert_eq!(name("gpt2", "lm_head.weight"), "lm_head.weight");
         assert_eq!(name("bloom", "word_embeddings.weight"), "transformer.word_embeddings.weight");
         assert_eq!(name("opt", "decoder.embed_tokens.weight"), "model.decoder.embed_tokens.weight");
         assert_eq!(name("llama", "layers.3.mlp.up_proj.weight"), "model.layers.3.mlp.up_proj.weight");
-        for stored in ["language_model.model.norm.weight", "model.language_model.norm.weight", "norm.weight"] {
+        for stored in ["language_model.model.norm.weight", "model.language_model.norm.weight", "norm.weight"]
+        {
             assert_eq!(name("gemma3_text", stored), "model.norm.weight");
         }
         assert_eq!(name("gemma3", "language_model.lm_head.weight"), "lm_head.weight");

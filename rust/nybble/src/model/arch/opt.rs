@@ -1,4 +1,4 @@
-//! OPT: learned positions from row 2 on, layer norms before or (350m) behind the blocks, ReLU, and in the 350m model an
+//! OPT: learned positions from row 2 on, layer norms before or (350m) behind the blocks, `ReLU`, and in the 350m model an
 //! embedding narrower than the model. llama.cpp does not know it.
 
 use serde_json::Value;
@@ -14,8 +14,13 @@ use crate::model::spec::{
 /// Rows of the position table before position 0.
 const OFFSET: usize = 2;
 
-pub(super) static ARCH: Arch =
-    Arch { family: "opt", model_types: &["opt"], spec, prefixes: &[("decoder.", "model.decoder.")], gguf: None };
+pub(super) static ARCH: Arch = Arch {
+    family: "opt",
+    model_types: &["opt"],
+    spec,
+    prefixes: &[("decoder.", "model.decoder.")],
+    gguf: None,
+};
 
 fn spec(config: &Value) -> Result<Spec> {
     let mut config = Reader::new(config)?;

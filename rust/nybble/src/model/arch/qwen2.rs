@@ -9,17 +9,11 @@ use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::Spec;
 
-pub(super) static ARCH: Arch = Arch {
-    family: "qwen2",
-    model_types: &["qwen2"],
-    spec,
-    prefixes: gated::PREFIXES,
-    gguf: Some(&GGUF),
-};
+pub(super) static ARCH: Arch =
+    Arch { family: "qwen2", model_types: &["qwen2"], spec, prefixes: gated::PREFIXES, gguf: Some(&GGUF) };
 
 fn spec(config: &Value) -> Result<Spec> {
-    let traits =
-        Traits { attention_bias: (true, false), windows: Windows::Late, ..Traits::llama("qwen2") };
+    let traits = Traits { attention_bias: (true, false), windows: Windows::Late, ..Traits::llama("qwen2") };
     gated::spec(Reader::new(config)?, &traits)
 }
 

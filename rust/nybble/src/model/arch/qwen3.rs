@@ -9,13 +9,8 @@ use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::Spec;
 
-pub(super) static ARCH: Arch = Arch {
-    family: "qwen3",
-    model_types: &["qwen3"],
-    spec,
-    prefixes: gated::PREFIXES,
-    gguf: Some(&GGUF),
-};
+pub(super) static ARCH: Arch =
+    Arch { family: "qwen3", model_types: &["qwen3"], spec, prefixes: gated::PREFIXES, gguf: Some(&GGUF) };
 
 fn spec(config: &Value) -> Result<Spec> {
     let mut reader = Reader::new(config)?;
