@@ -120,7 +120,7 @@ FAMILIES = {
 
 
 def make(name, seed=0):
-    """Make a model whose every weight matters: no norm, bias or position is at its neutral value."""
+    """Make a model whose every weight matters: no norm or bias is at its neutral value."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation="eager")
     model = model.float().eval()

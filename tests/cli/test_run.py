@@ -126,7 +126,10 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch):
         def isatty(self):
             return True
 
-    for stream, expected in ((Terminal(), "a]0;title\tb\n"), (io.StringIO(), "a\x1b]0;title\x07\tb\n")):
+    for stream, expected in (
+        (Terminal(), "a]0;title\tb\n"),
+        (io.StringIO(), "a\x1b]0;title\x07\tb\n"),
+    ):
         monkeypatch.setattr(sys, "stdout", stream)
         writer = TextWriter()
         for piece in ("a\x1b]0;ti", "tle\x07", "\tb"):

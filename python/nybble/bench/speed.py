@@ -196,18 +196,18 @@ def _identity(model: "LanguageModel") -> dict[str, Any]:
     config, plan = json.loads(checkpoint.config()), json.loads(checkpoint.plan())
     parts = anatomy.parts(checkpoint.tensors(), plan)
     info = model.info
-    kernels = list(info["kernels"])
+    scheme = anatomy.scheme(config, parts)
     return {
         "build": f"nybble {__version__}",
         "cpu_info": machine.cpu_name(),
         "backends": "CPU",
         "isa": json.loads(_nybble.doctor())["best"],
-        "kernel": matmul_kernel(info["weight_bytes"], kernels, anatomy.scheme(config, parts)),
+        "kernel": matmul_kernel(list(info["kernels"]), scheme),
         "model_filename": str(model.path),
         "model_type": info["family"],
         "model_size": sum(info["weight_bytes"].values()),
         "model_n_params": info["parameters"],
-        "weight_scheme": anatomy.scheme(config, parts),
+        "weight_scheme": scheme,
         "n_batch": _BATCH,
         "n_threads": info["threads"],
         "type_k": info["kv_type"],
@@ -233,20 +233,18 @@ def _bytes_per_token(
     return max(total, 0)
 
 
-def matmul_kernel(layouts: Mapping[str, int], kernels: Sequence[str], scheme: str) -> str:
+def matmul_kernel(kernels: Sequence[str], scheme: str) -> str:
     """Return the kernel that multiplies most of the weights, ``w4a8/avx2``.
 
     Parameters
     ----------
-    layouts
-        Bytes of weights by packed layout.
     kernels
         The kernel of every operation.
     scheme
-        The model's weight scheme; integer weights with float activations run in ``f32``.
+        The model's weight scheme; whatever leaves activations in float runs in ``f32``.
     """
-    layout = max(layouts, key=lambda name: layouts[name]) if layouts else "f32"
-    operation = f"{layout}a8" if layout.startswith("w") and "A8" in scheme else "f32"
+    name = scheme.partition(" ")[0].lower()
+    operation = name if name in ("w4a8", "w8a8") else "f32"
     return next((kernel for kernel in kernels if kernel.startswith(f"{operation}/")), operation)
 
 

@@ -105,14 +105,13 @@ class Repository:
 
     def fetch(self, name: str, staged: Path, *, progress: bool) -> Pulled:
         """Download everything into ``staged``, check it and describe it as the model ``name``."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download
         from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
         (enable_progress_bars if progress else disable_progress_bars)()
         try:
-            snapshot_download(
-                self.repo, revision=self.commit, allow_patterns=list(self.files), local_dir=staged
-            )
+            for file in self.files:
+                hf_hub_download(self.repo, file, revision=self.commit, local_dir=staged)
         except Exception as error:
             # The client raises errors of three libraries here; all mean that the files did not
             # arrive.

@@ -86,9 +86,7 @@ impl Isa {
             #[cfg(target_arch = "aarch64")]
             Self::NeonDotprod => Self::Neon.detected() && std::arch::is_aarch64_feature_detected!("dotprod"),
             #[cfg(target_arch = "aarch64")]
-            Self::NeonI8mm => {
-                Self::NeonDotprod.detected() && std::arch::is_aarch64_feature_detected!("i8mm")
-            }
+            Self::NeonI8mm => Self::NeonDotprod.detected() && std::arch::is_aarch64_feature_detected!("i8mm"),
             _ => false,
         }
     }

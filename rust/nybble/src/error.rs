@@ -66,7 +66,9 @@ pub enum Error {
         vocab: usize,
     },
     /// The tokens do not fit into the model's context.
-    #[error("{tokens} tokens do not fit into the context of {limit}: shorten the prompt or ask for fewer new tokens")]
+    #[error(
+        "{tokens} tokens do not fit into the context of {limit}: shorten the prompt or ask for fewer new tokens"
+    )]
     Context {
         /// Tokens the request needs.
         tokens: usize,

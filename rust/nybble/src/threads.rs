@@ -93,11 +93,7 @@ impl Pool {
         if threads == 0 || threads > MAX_THREADS {
             return Err(Error::argument("threads", format!("1 to {MAX_THREADS}"), threads));
         }
-        Ok(Self {
-            threads,
-            crew: AtomicPtr::new(std::ptr::null_mut()),
-            making: AtomicU32::new(0),
-        })
+        Ok(Self { threads, crew: AtomicPtr::new(std::ptr::null_mut()), making: AtomicU32::new(0) })
     }
 
     /// Threads that may run at once when nothing else is asked for: `NYBBLE_THREADS`, or the CPUs this process may use
@@ -212,10 +208,7 @@ impl Pool {
             let holder = self.making.load(Ordering::Acquire);
             // A holder of another process id was copied by fork in the middle of its work and will never finish.
             if holder == pid
-                || self
-                    .making
-                    .compare_exchange(holder, pid, Ordering::AcqRel, Ordering::Relaxed)
-                    .is_err()
+                || self.making.compare_exchange(holder, pid, Ordering::AcqRel, Ordering::Relaxed).is_err()
             {
                 std::thread::yield_now();
                 continue;

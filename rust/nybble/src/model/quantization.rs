@@ -18,13 +18,6 @@ const FILE: &str = "config.json: quantization_config";
 /// Most groups and most targets in a group; real files have a handful.
 const MAX_LIST: usize = 100_000;
 
-/// How modules are quantized.
-#[derive(Debug, Clone)]
-pub struct Quantization {
-    groups: Vec<Group>,
-    ignore: Vec<Target>,
-}
-
 /// How a group's weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
@@ -74,6 +67,13 @@ pub struct Scheme {
     pub weights: WeightScheme,
     /// Its inputs; none leaves them in float.
     pub activations: Option<ActivationScheme>,
+}
+
+/// How modules are quantized.
+#[derive(Debug, Clone)]
+pub struct Quantization {
+    groups: Vec<Group>,
+    ignore: Vec<Target>,
 }
 
 #[derive(Debug, Clone)]

@@ -120,14 +120,19 @@ pub fn rtn(weights: &[f32], rows: usize, cols: usize, settings: &Rtn) -> Result<
 
 /// Steps the largest magnitude is mapped to, tried in this order for 4 bits. Below 7 nothing is clipped: those entries
 /// only serve weights that already lie on a coarser grid.
-const STEPS_4: &[f32] = &[7.0, 4.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0, 10.5];
+const STEPS_4: &[f32] =
+    &[7.0, 4.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0, 10.5];
 /// The same for 8 bits, where clipping pays only for groups much longer than a row of registers.
-const STEPS_8: &[f32] = &[127.0, 127.5, 128.0, 129.0, 130.0, 132.0, 134.0, 136.0, 140.0, 144.0, 150.0, 160.0, 176.0, 192.0];
+const STEPS_8: &[f32] =
+    &[127.0, 127.5, 128.0, 129.0, 130.0, 132.0, 134.0, 136.0, 140.0, 144.0, 150.0, 160.0, 176.0, 192.0];
 /// The range's length in steps, for asymmetric 4-bit groups.
-const SPANS_4: &[f32] =
-    &[15.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.25, 15.5, 15.75, 16.0, 16.5, 17.0, 17.5, 18.0, 19.0, 20.0];
+const SPANS_4: &[f32] = &[
+    15.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.25, 15.5, 15.75, 16.0, 16.5, 17.0, 17.5,
+    18.0, 19.0, 20.0,
+];
 /// The same for 8 bits.
-const SPANS_8: &[f32] = &[255.0, 254.0, 255.5, 256.0, 257.0, 258.0, 260.0, 264.0, 268.0, 272.0, 280.0, 288.0, 304.0, 320.0];
+const SPANS_8: &[f32] =
+    &[255.0, 254.0, 255.5, 256.0, 257.0, 258.0, 260.0, 264.0, 268.0, 272.0, 280.0, 288.0, 304.0, 320.0];
 
 /// The smallest positive f16, 2^-24.
 const SMALLEST: f32 = 5.960_464_5e-8;
@@ -405,7 +410,8 @@ mod tests {
     fn eight_bit_files_are_rounded_again_without_loss() {
         // Blocks of 32 whose largest code is 127, as other tools write them.
         let scale = f16::from_f32(0.0031).to_f32();
-        let w: Vec<f32> = (0..32).map(|i| scale * (if i == 5 { -127.0 } else { (i * 7 - 100) as f32 })).collect();
+        let w: Vec<f32> =
+            (0..32).map(|i| scale * (if i == 5 { -127.0 } else { (i * 7 - 100) as f32 })).collect();
         let (_, back) = one(&w, Rtn { bits: 8, ..W4 });
         assert_eq!(w, back);
     }
@@ -465,7 +471,8 @@ mod tests {
             let single = rtn(&w, rows, cols, &settings).expect("good weights");
             assert_eq!(single.groups, 3);
             for threads in [2, 5] {
-                let many = rtn(&w, rows, cols, &Rtn { threads: Some(threads), ..settings }).expect("good weights");
+                let many =
+                    rtn(&w, rows, cols, &Rtn { threads: Some(threads), ..settings }).expect("good weights");
                 assert_eq!(single, many);
             }
             // The last group of a row is what the same eleven weights give alone.
