@@ -119,6 +119,12 @@ def test_a_terminal(tiny_folder):
         os.execv(sys.executable, [sys.executable, *arguments])
     seen = ""
 
+    def read():
+        try:
+            return os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # the other side has closed
+            return pytest.fail(f"it ended: {seen}")
+
     def wait_for(text, send=b""):
         """Read until `text` appears; keep sending, since a key can come before it is waited for."""
         nonlocal seen
@@ -127,10 +133,7 @@ def test_a_terminal(tiny_folder):
                 break
             os.write(terminal, send)
             while select.select([terminal], [], [], 1.0)[0] and text not in seen:
-                try:
-                    seen += os.read(terminal, 4096).decode(errors="replace")
-                except OSError:
-                    pytest.fail(f"it ended: {seen}")
+                seen += read()
         assert text in seen, seen
         seen = seen.partition(text)[2]
 

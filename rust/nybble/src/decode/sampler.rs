@@ -214,6 +214,7 @@ fn rank(ids: &mut [u32], logits: &[f32], count: usize) {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

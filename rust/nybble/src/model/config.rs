@@ -167,6 +167,7 @@ pub(crate) fn brief(value: &Value) -> String {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
     use serde_json::json;

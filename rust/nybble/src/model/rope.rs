@@ -281,6 +281,7 @@ impl RopeTable {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
     use serde_json::json;

@@ -5,17 +5,9 @@ use std::ops::Range;
 use half::f16;
 
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
-use super::softmax::{Scores, Update};
-use super::{Attention, Call, KEYS, KvType, TASK_ROWS, Task, Work};
+use super::softmax::{Cap, Running, Scale, Scores, Slope, Weigh};
+use super::{Attention, Call, KEYS, KvType, Memory, TASK_ROWS, Task};
 use crate::cpu::Isa;
-
-/// A tier's versions of the loops in `softmax`.
-pub(super) trait SoftmaxTier: Tier {
-    fn cap(self, scores: &mut Scores, cap: f32);
-    fn slope(self, scores: &mut Scores, slope: f32, first: usize);
-    fn weigh(self, scores: &mut Scores, max: f32) -> Update;
-    fn scale(self, x: &mut [f32], by: f32);
-}
 
 /// Floats of scratch a task needs.
 pub(super) fn floats(head_dim: usize) -> usize {
@@ -23,48 +15,41 @@ pub(super) fn floats(head_dim: usize) -> usize {
     TASK_ROWS * 2 * padded + MAX_ROWS * KEYS
 }
 
-impl<T: SoftmaxTier> Attention for T {
+impl<T: Tier> Attention for T {
     fn isa(&self) -> Isa {
         T::ISA
     }
 
-    unsafe fn run(&self, call: &Call<'_>, task: Task, work: &mut Work) {
+    unsafe fn run(&self, call: &Call<'_>, task: Task, memory: &mut Memory) {
         // SAFETY: promised by the caller; each arm names the cache's own element.
         unsafe {
             match call.cache.kind() {
-                KvType::F32 => run::<T, f32>(*self, call, &task, work),
-                KvType::F16 => run::<T, f16>(*self, call, &task, work),
+                KvType::F32 => run::<T, f32>(*self, call, &task, memory),
+                KvType::F16 => run::<T, f16>(*self, call, &task, memory),
             }
         }
     }
 }
 
-/// The running softmax of one row.
-#[derive(Clone, Copy)]
-struct Running {
-    max: f32,
-    sum: f32,
-}
-
 /// # Safety
 /// As [`Attention::run`], and `E` is the cache's element.
-unsafe fn run<T: SoftmaxTier, E: Element>(tier: T, call: &Call<'_>, task: &Task, work: &mut Work) {
+unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory: &mut Memory) {
     let dim = call.shape.head_dim;
     let padded = call.cache.padded_dim();
     let heads = task.heads.len();
     let rows = task.queries.len() * heads;
     assert!(rows <= TASK_ROWS, "{rows} rows of a task");
 
-    let (queries, rest) = work.lines.elements_mut::<f32>().split_at_mut(TASK_ROWS * padded);
+    let (queries, rest) = memory.lines.elements_mut::<f32>().split_at_mut(TASK_ROWS * padded);
     let (sums, scores) = rest.split_at_mut(TASK_ROWS * padded);
     let scores = &mut scores.as_chunks_mut::<KEYS>().0[..MAX_ROWS];
-    let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; TASK_ROWS];
+    let mut running = [Running::START; TASK_ROWS];
     for row in 0..rows {
         let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
         let source = &call.q[query * call.q_stride + head * dim..][..dim];
         let target = &mut queries[row * padded..][..dim];
         target.copy_from_slice(source);
-        tier.scale(target, call.shape.scale);
+        tier.run(Scale(target, call.shape.scale));
     }
     sums[..rows * padded].fill(0.0);
 
@@ -111,7 +96,7 @@ unsafe fn run<T: SoftmaxTier, E: Element>(tier: T, call: &Call<'_>, task: &Task,
         // SAFETY: this query and head are this task's own.
         let out = unsafe { call.out.row(query, head * dim, dim) };
         out.copy_from_slice(&sums[row * padded..][..dim]);
-        tier.scale(out, 1.0 / running[row].sum);
+        tier.run(Scale(out, 1.0 / running[row].sum));
     }
 }
 
@@ -138,7 +123,7 @@ struct Rows<'a> {
     slopes: &'a [f32],
 }
 
-impl<T: SoftmaxTier, E: Element> Job<'_, T, E> {
+impl<T: Tier, E: Element> Job<'_, T, E> {
     /// The positions that query number `query` of the call sees.
     fn seen(&self, query: usize) -> Range<usize> {
         let end = self.call.past + query + 1;
@@ -158,18 +143,19 @@ impl<T: SoftmaxTier, E: Element> Job<'_, T, E> {
             }
             let scores = &mut scores[i];
             if let Some(cap) = self.call.shape.softcap {
-                self.tier.cap(scores, cap);
+                self.tier.run(Cap(scores, cap));
             }
             if self.call.shape.alibi.is_some() {
-                self.tier.slope(scores, slopes[i], start);
+                self.tier.run(Slope(scores, slopes[i], start));
             }
             scores[..from].fill(f32::NEG_INFINITY);
             scores[to..].fill(f32::NEG_INFINITY);
-            let update = self.tier.weigh(scores, running[i].max);
-            running[i] = Running { max: update.max, sum: running[i].sum * update.fade + update.sum };
+        }
+        self.tier.run(Weigh { scores, running, seen });
+        for (i, running) in running.iter().enumerate() {
             // Exactly 1 as long as the largest score stays: then there is nothing to do.
-            if update.fade.to_bits() != 1.0f32.to_bits() {
-                self.tier.scale(&mut sums[i * self.padded..][..self.padded], update.fade);
+            if seen[i].0 < seen[i].1 && running.fade.to_bits() != 1.0f32.to_bits() {
+                self.tier.run(Scale(&mut sums[i * self.padded..][..self.padded], running.fade));
             }
         }
         // Rows that see the same keys share the loads of the values; at the diagonal and at a window's edge each row has

@@ -10,6 +10,8 @@
 //! The memory doubles as the sequence grows, up to a limit. Memory that cannot be had is an error, and the cache then holds
 //! what it held before.
 
+#![allow(clippy::inline_always)] // a conversion inside a loop
+
 use half::f16;
 
 use super::super::f32::lanes::{Element, LANES};
@@ -21,6 +23,9 @@ const STEP: usize = 64;
 
 /// Appended elements from which several threads are worth waking.
 const PARALLEL: usize = 1 << 15;
+
+/// Elements converted at once.
+const RUN: usize = 32;
 
 /// Number type of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -253,8 +258,15 @@ impl KvCache {
                 let source = &k[i * stride + head * dim..][..dim];
                 let position = len + i;
                 let block = &mut keys[position / LANES * LANES * dim..][..LANES * dim];
-                for (lanes, &x) in block.chunks_exact_mut(LANES).zip(source) {
-                    lanes[position % LANES] = convert(x);
+                // Converted before they are scattered: only the former can be vector code.
+                let mut part = [convert(0.0); RUN];
+                for (source, block) in source.chunks(RUN).zip(block.chunks_mut(RUN * LANES)) {
+                    for (part, &x) in part.iter_mut().zip(source) {
+                        *part = convert(x);
+                    }
+                    for (lanes, &x) in block.chunks_exact_mut(LANES).zip(&part) {
+                        lanes[position % LANES] = x;
+                    }
                 }
             }
         };
@@ -319,11 +331,26 @@ fn respace<E: Element>(old: &Lines, new: &mut Lines, dim: usize, (from, to): (us
     }
 }
 
-/// The nearest half float; a finite number beyond the range becomes the largest one, not infinity, which would turn a
-/// whole head's output into NaN.
+/// The nearest half float, ties to even; a finite number beyond the range becomes the largest one, not infinity, which would
+/// turn a whole head's output into NaN.
+///
+/// Selections instead of branches, so that a loop over it becomes vector code on any CPU.
+#[inline(always)]
 fn narrow(x: f32) -> f16 {
-    const MAX: f32 = 65504.0;
-    f16::from_f32(if x.is_finite() { x.clamp(-MAX, MAX) } else { x })
+    const INFINITY: u32 = 0x7f80_0000;
+    const LARGEST: u32 = 0x477f_e000; // 65504
+    const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
+    let sign = x.to_bits() >> 16 & 0x8000;
+    let size = x.to_bits() & 0x7fff_ffff;
+    let held = if size > LARGEST { LARGEST } else { size };
+    // Half of the last place that stays, less one if it is even already, carries into it.
+    let normal = (held + 0xfff + (held >> 13 & 1)) >> 13;
+    let normal = normal.wrapping_sub(112 << 10);
+    // Near 0.5 floats are 2^-24 apart, as subnormal half floats are: the addition rounds.
+    let subnormal = (f32::from_bits(held) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let finite = if held < SMALLEST_NORMAL { subnormal } else { normal };
+    let special = if size > INFINITY { 0x7e00 } else { 0x7c00 };
+    f16::from_bits((sign | if size < INFINITY { finite } else { special }) as u16)
 }
 
 #[cfg(test)]
@@ -407,9 +434,20 @@ mod tests {
     }
 
     #[test]
-    fn large_finite_values_stay_finite_in_half_precision() {
+    fn narrowing_rounds_to_nearest_and_keeps_finite_values_finite() {
+        // Every half float, the midpoint to the next one, and both neighbours of the midpoint.
+        for bits in 0..0x7bffu16 {
+            let (low, high) = (f16::from_bits(bits).to_f32(), f16::from_bits(bits + 1).to_f32());
+            let middle = f32::midpoint(low, high);
+            let near = [middle.to_bits() - 1, middle.to_bits(), middle.to_bits() + 1];
+            for x in near.map(f32::from_bits).into_iter().chain([low, -low, -middle]) {
+                assert_eq!(narrow(x).to_bits(), f16::from_f32(x).to_bits(), "{x}");
+            }
+        }
         assert_eq!(narrow(1e30).to_f32(), 65504.0);
         assert_eq!(narrow(-1e30).to_f32(), -65504.0);
-        assert!(narrow(f32::INFINITY).is_infinite() && narrow(f32::NAN).is_nan());
+        assert_eq!(narrow(f32::MIN_POSITIVE / 2.0).to_bits(), 0);
+        assert_eq!((narrow(f32::INFINITY), narrow(f32::NEG_INFINITY)), (f16::INFINITY, f16::NEG_INFINITY));
+        assert!(narrow(f32::NAN).is_nan());
     }
 }

@@ -10,61 +10,12 @@
 //! others, in chunks, or on any number of threads; speculation relies on that.
 //!
 //! Both products, query with keys and weights with values, are the panel loop of [`super::f32`]. Rows of a panel are the
-//! queries of a block *and* the heads that share keys, so grouped heads load each key once. A row's sums run over exactly
+//! queries of a task *and* the heads that share keys, so grouped heads load each key once. A row's sums run over exactly
 //! the keys it sees: what a position must not see is never read for it, not even multiplied by 0.
 
 mod block;
 mod cache;
 mod softmax;
-
-/// The loops of `softmax` for one tier.
-macro_rules! tier {
-    ($token:ty) => {
-        impl SoftmaxTier for $token {
-            tier! { each;
-                fn cap(scores: &mut Scores, cap: f32);
-                fn slope(scores: &mut Scores, slope: f32, first: usize);
-                fn weigh(scores: &mut Scores, max: f32) -> Update;
-                fn scale(x: &mut [f32], by: f32);
-            }
-        }
-    };
-    ($token:ty, $features:literal) => {
-        impl SoftmaxTier for $token {
-            tier! { each $features;
-                fn cap(scores: &mut Scores, cap: f32);
-                fn slope(scores: &mut Scores, slope: f32, first: usize);
-                fn weigh(scores: &mut Scores, max: f32) -> Update;
-                fn scale(x: &mut [f32], by: f32);
-            }
-        }
-    };
-    (each; $(fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?;)+) => {
-        $(
-            fn $name(self, $($arg: $ty),*) $(-> $out)? {
-                softmax::$name($($arg),*)
-            }
-        )+
-    };
-    (each $features:literal; $(fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?;)+) => {
-        $(
-            fn $name(self, $($arg: $ty),*) $(-> $out)? {
-                #[target_feature(enable = $features)]
-                fn go($($arg: $ty),*) $(-> $out)? {
-                    softmax::$name($($arg),*)
-                }
-                // SAFETY: `self` is the proof that the instructions are there.
-                unsafe { go($($arg),*) }
-            }
-        )+
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512vnni;
-mod scalar;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -118,7 +69,7 @@ pub trait Attention: Sync {
     ///
     /// # Safety
     /// No other thread may access the task's rows and heads of the output during the call.
-    unsafe fn run(&self, call: &Call<'_>, task: Task, work: &mut Work);
+    unsafe fn run(&self, call: &Call<'_>, task: Task, memory: &mut Memory);
 }
 
 /// The checked arguments of one call of [`attend`].
@@ -151,7 +102,7 @@ pub struct Task {
 #[derive(Debug, Default)]
 pub struct Scratch {
     /// One a thread; never contended.
-    workers: Vec<Mutex<Work>>,
+    workers: Vec<Mutex<Memory>>,
 }
 
 impl Scratch {
@@ -177,19 +128,19 @@ impl Scratch {
     }
 }
 
-/// One thread's memory.
+/// One thread's scratch.
 #[derive(Default)]
-pub struct Work {
+pub struct Memory {
     lines: Lines,
 }
 
-impl std::fmt::Debug for Work {
+impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Work").field("bytes", &self.lines.bytes()).finish()
+        f.debug_struct("Memory").field("bytes", &self.lines.bytes()).finish()
     }
 }
 
-fn lock(work: &Mutex<Work>) -> std::sync::MutexGuard<'_, Work> {
+fn lock(work: &Mutex<Memory>) -> std::sync::MutexGuard<'_, Memory> {
     work.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

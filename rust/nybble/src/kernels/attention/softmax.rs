@@ -1,80 +1,166 @@
-//! The loops of attention that are not products, compiled under each tier's instructions.
+//! The loops of attention that are not products, compiled by each tier for itself.
+//!
+//! Counted loops, for the reason given in `elementwise`.
 
 #![allow(clippy::inline_always)] // what a tier inlines is compiled with its instructions
 
 use super::super::elementwise::math::{exp, tanh};
-use super::super::f32::lanes::LANES;
+use super::super::f32::lanes::{LANES, Lanes, Work};
 use super::KEYS;
 
 /// Scores of one query and one block of keys.
 pub(super) type Scores = [f32; KEYS];
 
-/// What one block of keys did to a query's running softmax.
+/// The running softmax of one row.
 #[derive(Clone, Copy)]
-pub(super) struct Update {
+pub(super) struct Running {
     /// The largest score so far.
     pub(super) max: f32,
-    /// Factor for everything summed before this block.
-    pub(super) fade: f32,
-    /// Sum of this block's weights.
+    /// The sum of the weights so far, relative to it.
     pub(super) sum: f32,
+    /// What the last block multiplied all earlier weights by.
+    pub(super) fade: f32,
 }
 
-/// `cap * tanh(score / cap)`.
-#[inline(always)]
-pub(super) fn cap(scores: &mut Scores, cap: f32) {
-    for score in scores {
-        *score = cap * tanh(*score / cap);
+impl Running {
+    /// Before the first key.
+    pub(super) const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, fade: 1.0 };
+}
+
+/// `score = cap * tanh(score / cap)`.
+pub(super) struct Cap<'a>(pub(super) &'a mut Scores, pub(super) f32);
+
+impl Work for Cap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self(scores, cap) = self;
+        for i in 0..KEYS {
+            scores[i] = cap * tanh(scores[i] / cap);
+        }
     }
 }
 
-/// Adds `slope` times each key's position, the first of which is `first`.
-#[inline(always)]
-pub(super) fn slope(scores: &mut Scores, slope: f32, first: usize) {
-    for (i, score) in scores.iter_mut().enumerate() {
-        *score += slope * (first + i) as f32;
+/// Adds a slope times each key's position, the first of which is the last field.
+pub(super) struct Slope<'a>(pub(super) &'a mut Scores, pub(super) f32, pub(super) usize);
+
+impl Work for Slope<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self(scores, slope, first) = self;
+        for i in 0..KEYS {
+            scores[i] += slope * (first + i) as f32;
+        }
     }
 }
 
-/// Replaces scores by weights `exp(score - max)`, where `max` is the larger of `max` and theirs.
+/// `x *= factor`.
+pub(super) struct Scale<'a>(pub(super) &'a mut [f32], pub(super) f32);
+
+impl Work for Scale<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self(x, factor) = self;
+        for i in 0..x.len() {
+            x[i] *= factor;
+        }
+    }
+}
+
+/// Replaces each row's scores by weights `exp(score - max)`, where `max` is the largest score so far, and brings the rows'
+/// sums up to date. Rows that see no key of the block are left alone.
 ///
-/// Scores of minus infinity, keys that are not seen, get weight 0 exactly.
-#[inline(always)]
-pub(super) fn weigh(scores: &mut Scores, max: f32) -> Update {
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    for run in scores.as_chunks::<LANES>().0 {
-        for (largest, &score) in largest.iter_mut().zip(run) {
-            *largest = if score > *largest { score } else { *largest };
-        }
-    }
-    let new = pairwise(largest, |a, b| if a > b { a } else { b });
-    let new = if new > max { new } else { max };
-    let mut sums = [0.0; LANES];
-    for run in scores.as_chunks_mut::<LANES>().0 {
-        for (sum, score) in sums.iter_mut().zip(run) {
-            *score = exp(*score - new);
-            *sum += *score;
-        }
-    }
-    Update { max: new, fade: exp(max - new), sum: pairwise(sums, |a, b| a + b) }
+/// Scores of minus infinity, keys that are not seen, get weight 0 exactly. Maxima and sums have one lane for each position
+/// modulo 16, then halve in pairs; that order is part of the result. They are written with [`Lanes`], for the compiler made
+/// scalar code of them. All rows take each stage together: a row's stages wait for one another, different rows do not.
+pub(super) struct Weigh<'a> {
+    pub(super) scores: &'a mut [Scores],
+    pub(super) running: &'a mut [Running],
+    /// First key of the block that a row sees, and the first after those.
+    pub(super) seen: &'a [(usize, usize)],
 }
 
+impl Work for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let rows = self.scores.len().min(self.running.len()).min(self.seen.len());
+        for row in 0..rows {
+            let running = &mut self.running[row];
+            if self.seen[row].0 < self.seen[row].1 {
+                // SAFETY: the instructions are promised.
+                let largest = unsafe { largest::<L>(&self.scores[row]) };
+                let old = running.max;
+                running.max = if largest > old { largest } else { old };
+                running.fade = if largest > old { exp(old - running.max) } else { 1.0 };
+            }
+        }
+        for row in 0..rows {
+            if self.seen[row].0 < self.seen[row].1 {
+                let (scores, max) = (&mut self.scores[row], self.running[row].max);
+                for i in 0..KEYS {
+                    scores[i] = exp(scores[i] - max);
+                }
+            }
+        }
+        for row in 0..rows {
+            let running = &mut self.running[row];
+            if self.seen[row].0 < self.seen[row].1 {
+                // SAFETY: the instructions are promised.
+                running.sum = running.sum * running.fade + unsafe { sum::<L>(&self.scores[row]) };
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The instructions of `L` must be there.
 #[inline(always)]
-fn pairwise(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+unsafe fn largest<L: Lanes>(scores: &Scores) -> f32 {
+    let mut lanes = [0.0; LANES];
+    // SAFETY: both arrays have 16 elements at every address used; the instructions are promised.
+    unsafe {
+        let mut largest = L::load(scores.as_ptr());
+        for i in 1..KEYS / LANES {
+            largest = largest.larger(L::load(scores.as_ptr().add(i * LANES)));
+        }
+        largest.store(lanes.as_mut_ptr());
+    }
     let mut width = LANES / 2;
     while width > 0 {
-        for i in 0..width {
-            lanes[i] = f(lanes[i], lanes[i + width]);
+        for l in 0..width {
+            lanes[l] = if lanes[l + width] > lanes[l] { lanes[l + width] } else { lanes[l] };
         }
         width /= 2;
     }
     lanes[0]
 }
 
-/// `x *= by`.
+/// # Safety
+/// The instructions of `L` must be there.
 #[inline(always)]
-pub(super) fn scale(x: &mut [f32], by: f32) {
-    for x in x {
-        *x *= by;
+unsafe fn sum<L: Lanes>(scores: &Scores) -> f32 {
+    let mut lanes = [0.0; LANES];
+    // SAFETY: both arrays have 16 elements at every address used; the instructions are promised.
+    unsafe {
+        let mut sum = L::load(scores.as_ptr());
+        for i in 1..KEYS / LANES {
+            sum = sum.plus(L::load(scores.as_ptr().add(i * LANES)));
+        }
+        sum.store(lanes.as_mut_ptr());
     }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
 }

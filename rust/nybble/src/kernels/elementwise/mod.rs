@@ -66,64 +66,50 @@ pub fn kernels() -> Vec<&'static dyn Elementwise> {
 }
 
 /// The loops every tier is made of.
+///
+/// Counted loops and macros instead of iterators and closures: those are functions of their own, compiled for the plain
+/// target, and where the compiler does not inline one the loop is not vectorised.
 mod loops {
     use super::math;
 
-    #[inline(always)]
-    fn with(gate: &[f32], up: &[f32], out: &mut [f32], f: impl Fn(f32) -> f32) {
-        assert!(gate.len() == out.len() && up.len() == out.len(), "gate, up and out of one length");
-        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *out = f(gate) * up;
-        }
+    macro_rules! gated {
+        ($name:ident, $f:path) => {
+            #[inline(always)]
+            pub(super) fn $name(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                let n = out.len();
+                assert!(gate.len() == n && up.len() == n, "gate, up and out of one length");
+                for i in 0..n {
+                    out[i] = $f(gate[i]) * up[i];
+                }
+            }
+        };
     }
 
-    #[inline(always)]
-    fn each(x: &mut [f32], f: impl Fn(f32) -> f32) {
-        for x in x {
-            *x = f(*x);
-        }
+    macro_rules! each {
+        ($name:ident($x:ident $(, $arg:ident)?) => $value:expr) => {
+            #[inline(always)]
+            pub(super) fn $name(x: &mut [f32] $(, $arg: f32)?) {
+                for i in 0..x.len() {
+                    let $x = x[i];
+                    x[i] = $value;
+                }
+            }
+        };
     }
 
-    #[inline(always)]
-    pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-        with(gate, up, out, math::silu);
-    }
-
-    #[inline(always)]
-    pub(super) fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-        with(gate, up, out, math::gelu_tanh);
-    }
-
-    #[inline(always)]
-    pub(super) fn gelu_tanh(x: &mut [f32]) {
-        each(x, math::gelu_tanh);
-    }
-
-    #[inline(always)]
-    pub(super) fn gelu_erf(x: &mut [f32]) {
-        each(x, math::gelu_erf);
-    }
-
-    #[inline(always)]
-    pub(super) fn relu(x: &mut [f32]) {
-        each(x, |x| if x < 0.0 { 0.0 } else { x });
-    }
+    gated!(silu_mul, math::silu);
+    gated!(gelu_tanh_mul, math::gelu_tanh);
+    each!(gelu_tanh(x) => math::gelu_tanh(x));
+    each!(gelu_erf(x) => math::gelu_erf(x));
+    each!(relu(x) => if x < 0.0 { 0.0 } else { x });
+    each!(scale(x, by) => x * by);
+    each!(softcap(x, cap) => cap * math::tanh(x / cap));
 
     #[inline(always)]
     pub(super) fn add_assign(x: &mut [f32], y: &[f32]) {
         assert_eq!(x.len(), y.len(), "both of one length");
-        for (x, &y) in x.iter_mut().zip(y) {
-            *x += y;
+        for i in 0..x.len() {
+            x[i] += y[i];
         }
-    }
-
-    #[inline(always)]
-    pub(super) fn scale(x: &mut [f32], by: f32) {
-        each(x, |x| x * by);
-    }
-
-    #[inline(always)]
-    pub(super) fn softcap(x: &mut [f32], cap: f32) {
-        each(x, |x| cap * math::tanh(x / cap));
     }
 }

@@ -37,12 +37,16 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Reads 16 half floats.
     unsafe fn load_f16(from: *const f16) -> Self;
-    /// Reads 16 brain floats.
-    unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// Reads 16 brain floats; the fast way may take a register more if there is one to `spare`.
+    unsafe fn load_bf16(from: *const bf16, spare: bool) -> Self;
     /// Writes 16 floats.
     unsafe fn store(self, to: *mut f32);
     /// `self + x * w`, rounded once.
     unsafe fn add_product(self, x: f32, w: Self) -> Self;
+    /// `self + other`.
+    unsafe fn plus(self, other: Self) -> Self;
+    /// `other` where it is larger than `self`.
+    unsafe fn larger(self, other: Self) -> Self;
 }
 
 /// A stored number that widens to `f32` exactly; every bit pattern is one.
@@ -51,12 +55,12 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     ///
     /// # Safety
     /// As [`Lanes`].
-    unsafe fn lanes<L: Lanes>(from: *const Self) -> L;
+    unsafe fn lanes<L: Lanes>(from: *const Self, spare: bool) -> L;
 }
 
 impl Element for f32 {
     #[inline(always)]
-    unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
+    unsafe fn lanes<L: Lanes>(from: *const Self, _spare: bool) -> L {
         // SAFETY: promised by the caller.
         unsafe { L::load(from) }
     }
@@ -64,7 +68,7 @@ impl Element for f32 {
 
 impl Element for f16 {
     #[inline(always)]
-    unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
+    unsafe fn lanes<L: Lanes>(from: *const Self, _spare: bool) -> L {
         // SAFETY: promised by the caller.
         unsafe { L::load_f16(from) }
     }
@@ -72,9 +76,9 @@ impl Element for f16 {
 
 impl Element for bf16 {
     #[inline(always)]
-    unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
+    unsafe fn lanes<L: Lanes>(from: *const Self, spare: bool) -> L {
         // SAFETY: promised by the caller.
-        unsafe { L::load_bf16(from) }
+        unsafe { L::load_bf16(from, spare) }
     }
 }
 
@@ -120,6 +124,17 @@ impl<W> Panel<W> {
     }
 }
 
+/// A loop that every tier compiles for itself, see [`Tier::run`].
+pub(crate) trait Work {
+    /// What it returns.
+    type Output;
+    /// The loop; `#[inline(always)]`, or it is compiled for the plain target.
+    ///
+    /// # Safety
+    /// The instructions of `L` must be there.
+    unsafe fn run<L: Lanes>(self) -> Self::Output;
+}
+
 /// A tier that can compute panels, named by its capability token.
 pub(crate) trait Tier: Copy + Send + Sync + 'static {
     /// The tier.
@@ -133,10 +148,10 @@ pub(crate) trait Tier: Copy + Send + Sync + 'static {
     /// All addresses named there are valid for these rows, tiles and depth, and nothing else uses the results meanwhile.
     unsafe fn panel<W: Element>(self, panel: &Panel<W>, rows: usize, tiles: usize);
 
-    /// `to[i] = from[i]` for runs of 16; both have the same length, a multiple of 16.
-    fn widen<W: Element>(self, from: &[W], to: &mut [f32]);
+    /// Runs `work` compiled under the tier's instructions.
+    fn run<F: Work>(self, work: F) -> F::Output;
 
-    /// [`Packed::dequantize_tile`].
+    /// [`Packed::dequantize_tile`]; there is room for whole steps of 32 columns.
     fn dequantize(self, w: &Packed, tile: usize, columns: Range<usize>, to: &mut [f32]);
 }
 
@@ -169,55 +184,46 @@ pub(crate) unsafe fn panel<L: Lanes, W: Element, const T: usize, const R: usize>
 }
 
 /// `R` rows of `T` tiles, all sums in registers.
+///
+/// Counted loops on purpose: with iterators over the arrays the compiler left some of them rolled up, and so all sums in
+/// memory, at a tenth of the speed.
 #[inline(always)]
 unsafe fn block<L: Lanes, W: Element, const T: usize, const R: usize>(p: &Panel<W>) {
     // SAFETY: promised by the caller of `panel`.
     unsafe {
         let mut sums = [[L::zero(); T]; R];
         if !p.fresh {
-            for (row, &y) in sums.iter_mut().zip(&p.y) {
-                for (t, sum) in row.iter_mut().enumerate() {
-                    *sum = L::load(y.add(t * LANES));
+            for r in 0..R {
+                for t in 0..T {
+                    sums[r][t] = L::load(p.y[r].add(t * LANES));
                 }
             }
         }
         for k in 0..p.depth {
             let mut lanes = [L::zero(); T];
-            for (t, lane) in lanes.iter_mut().enumerate() {
-                *lane = W::lanes::<L>(p.w.add(t * p.w_tile + k * p.w_step));
+            for t in 0..T {
+                lanes[t] = W::lanes::<L>(p.w.add(t * p.w_tile + k * p.w_step), R < 4);
             }
-            for (r, row) in sums.iter_mut().enumerate() {
+            for r in 0..R {
                 let x = *p.x.add(r * p.x_stride + k);
-                for (sum, &lane) in row.iter_mut().zip(&lanes) {
-                    *sum = sum.add_product(x, lane);
+                for t in 0..T {
+                    sums[r][t] = sums[r][t].add_product(x, lanes[t]);
                 }
             }
         }
-        for (row, &y) in sums.iter().zip(&p.y) {
-            for (t, sum) in row.iter().enumerate() {
-                sum.store(y.add(t * LANES));
+        for r in 0..R {
+            for t in 0..T {
+                sums[r][t].store(p.y[r].add(t * LANES));
             }
         }
     }
 }
 
-/// The loop of [`Tier::widen`].
-///
-/// # Safety
-/// The instructions of `L` must be there.
-#[inline(always)]
-pub(crate) unsafe fn widen<L: Lanes, W: Element>(from: &[W], to: &mut [f32]) {
-    for (from, to) in from.chunks_exact(LANES).zip(to.chunks_exact_mut(LANES)) {
-        // SAFETY: both chunks have 16 elements; the instructions are promised.
-        unsafe { W::lanes::<L>(from.as_ptr()).store(to.as_mut_ptr()) }
-    }
-}
-
-/// Calls [`panel`] with the constants of the given number of rows.
+/// Calls `go::<_, T, R>` with the constants of the given number of rows.
 macro_rules! by_rows {
-    ($lanes:ty, $panel:expr, $rows:expr, $tiles:expr, { $($r:literal => $t:literal),+ $(,)? }) => {
+    ($go:ident, $panel:expr, $rows:expr, $tiles:expr, { $($r:literal => $t:literal),+ $(,)? }) => {
         match $rows {
-            $($r => $crate::kernels::f32::lanes::panel::<$lanes, _, $t, $r>($panel, $tiles),)+
+            $($r => $go::<_, $t, $r>($panel, $tiles),)+
             other => debug_assert_eq!(other, 0, "rows of a panel"),
         }
     };

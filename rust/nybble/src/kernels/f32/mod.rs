@@ -3,8 +3,9 @@
 //! Float models run entirely on it. Compressed ones use it where activations keep 16 or 32 bits ("weights only"): the
 //! integer tiles are dequantized, a piece at a time, into a buffer that stays in the first-level cache.
 //!
-//! Few rows (decode) stream the weights from memory once and widen them in registers. Many rows (prefill) widen a piece of a
-//! tile once and use it for all rows. Either way each output is `fma(x[k], w[k], sum)` for `k` in order, so the bits do not
+//! Few rows (decode) stream the weights from memory once. Many rows (prefill) go over a piece of a tile again and again while
+//! it is in that cache. 16-bit weights are widened in registers, each time: six rows share one widening, and storing widened
+//! pieces instead was slower up to twelve rows and no faster beyond. Either way each output is `fma(x[k], w[k], sum)` for `k` in order, so the bits do not
 //! depend on the way taken, on the number of rows, or on the tier.
 //!
 //! The loop itself is in [`lanes`]; attention shares it.
@@ -16,6 +17,8 @@ pub(crate) mod scalar;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+#[cfg(target_arch = "x86_64")]
+mod codes;
 
 use std::ops::Range;
 
@@ -27,7 +30,7 @@ use crate::cpu::Isa;
 use crate::pack::{Layout, Packed, TILE_ROWS};
 use lanes::{Element, LANES, MAX_ROWS, Panel, Tier, elements};
 
-/// Floats of a widened piece of weights: 16 KiB, half of a small first-level cache; the inputs need some of the rest.
+/// Floats of a piece of weights: 16 KiB, half of a small first-level cache; the inputs need some of the rest.
 const PIECE: usize = 4096;
 
 /// A matmul of `f32` activations with packed weights of any layout.
@@ -94,14 +97,11 @@ unsafe fn float_tiles<T: Tier, W: Element>(
         unsafe { add(tier, &Weights { data, stride: cols * LANES, tiles, columns: 0..cols, cols }, x, y) }
         return;
     }
-    let mut wide = Aligned([0.0; PIECE]);
     for tile in tiles {
         let data = elements::<W>(w.tile_bytes(tile));
         for columns in pieces(cols, PIECE / LANES) {
-            let part = &data[columns.start * LANES..columns.end * LANES];
-            let wide = &mut wide.0[..part.len()];
-            tier.widen(part, wide);
-            let piece = Weights { data: &*wide, stride: 0, tiles: tile..tile + 1, columns, cols };
+            let data = &data[columns.start * LANES..columns.end * LANES];
+            let piece = Weights { data, stride: 0, tiles: tile..tile + 1, columns, cols };
             // SAFETY: promised by the caller.
             unsafe { add(tier, &piece, x, y) }
         }
@@ -120,7 +120,7 @@ unsafe fn int_tiles<T: Tier>(tier: T, w: &Packed, x: &[f32], tiles: Range<usize>
         let group = first..tiles.end.min(first + together);
         for columns in pieces(w.cols(), width) {
             for (tile, wide) in group.clone().zip(wide.0.chunks_exact_mut(width * LANES)) {
-                tier.dequantize(w, tile, columns.clone(), &mut wide[..columns.len() * LANES]);
+                tier.dequantize(w, tile, columns.clone(), wide);
             }
             let (stride, cols) = (width * LANES, w.cols());
             let piece = Weights { data: &wide.0[..], stride, tiles: group.clone(), columns, cols };

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::lanes::{Element, LANES, Lanes, Panel, Tier, by_rows, widen};
+use super::lanes::{self, Element, LANES, Lanes, Panel, Tier, Work, by_rows};
 use crate::cpu::Isa;
 use crate::pack::Packed;
 
@@ -40,7 +40,7 @@ impl Lanes for Array {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(from: *const bf16) -> Self {
+    unsafe fn load_bf16(from: *const bf16, _spare: bool) -> Self {
         // SAFETY: 16 brain floats are readable there.
         Self(unsafe { from.cast::<[u16; LANES]>().read() }.map(|bits| f32::from_bits(u32::from(bits) << 16)))
     }
@@ -54,10 +54,20 @@ impl Lanes for Array {
     #[inline(always)]
     unsafe fn add_product(self, x: f32, w: Self) -> Self {
         let mut sum = self.0;
-        for (sum, w) in sum.iter_mut().zip(w.0) {
-            *sum = x.mul_add(w, *sum);
+        for l in 0..LANES {
+            sum[l] = x.mul_add(w.0[l], sum[l]);
         }
         Self(sum)
+    }
+
+    #[inline(always)]
+    unsafe fn plus(self, other: Self) -> Self {
+        Self(std::array::from_fn(|l| self.0[l] + other.0[l]))
+    }
+
+    #[inline(always)]
+    unsafe fn larger(self, other: Self) -> Self {
+        Self(std::array::from_fn(|l| if other.0[l] > self.0[l] { other.0[l] } else { self.0[l] }))
     }
 }
 
@@ -80,17 +90,26 @@ impl Tier for Scalar {
 
     unsafe fn panel<W: Element>(self, panel: &Panel<W>, rows: usize, tiles: usize) {
         // SAFETY: promised by the caller.
-        unsafe { by_rows!(Array, panel, rows, tiles, { 1 => 4, 2 => 2, 3 => 1, 4 => 1 }) }
+        unsafe {
+            by_rows!(go, panel, rows, tiles, { 1 => 4, 2 => 2, 3 => 1, 4 => 1 });
+        }
     }
 
-    fn widen<W: Element>(self, from: &[W], to: &mut [f32]) {
+    fn run<F: Work>(self, work: F) -> F::Output {
         // SAFETY: arrays need no special instructions.
-        unsafe { widen::<Array, W>(from, to) }
+        unsafe { work.run::<Array>() }
     }
 
     fn dequantize(self, w: &Packed, tile: usize, columns: Range<usize>, to: &mut [f32]) {
         w.dequantize_tile(tile, columns, to);
     }
+}
+
+/// # Safety
+/// As [`Tier::panel`] for `R` rows.
+unsafe fn go<W: Element, const T: usize, const R: usize>(panel: &Panel<W>, tiles: usize) {
+    // SAFETY: promised by the caller.
+    unsafe { lanes::panel::<Array, W, T, R>(panel, tiles) }
 }
 
 #[cfg(test)]

@@ -4,19 +4,29 @@
 
 use super::SUMS;
 
-/// The sum of `f(x)` over a row.
-#[inline(always)]
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut sums = [0.0; SUMS];
-    let (runs, rest) = x.as_chunks::<SUMS>();
-    for run in runs {
-        for (sum, &x) in sums.iter_mut().zip(run) {
-            *sum += f(x);
+/// The sum of an expression in `x` over the elements of a row.
+///
+/// A macro, because a closure is a function of its own that the compiler may leave out of the vectorised loop.
+macro_rules! sum {
+    ($row:expr, $x:ident => $value:expr) => {{
+        let mut sums = [0.0; SUMS];
+        let (runs, rest) = $row.as_chunks::<SUMS>();
+        for run in runs {
+            for i in 0..SUMS {
+                let $x = run[i];
+                sums[i] += $value;
+            }
         }
-    }
-    for (sum, &x) in sums.iter_mut().zip(rest) {
-        *sum += f(x);
-    }
+        for i in 0..rest.len() {
+            let $x = rest[i];
+            sums[i] += $value;
+        }
+        pairwise(sums)
+    }};
+}
+
+#[inline(always)]
+fn pairwise(mut sums: [f32; SUMS]) -> f32 {
     let mut width = SUMS / 2;
     while width > 0 {
         for i in 0..width {
@@ -29,29 +39,30 @@ fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 
 #[inline(always)]
 pub(super) fn rms(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
-    assert!(gain.len() == x.len() && out.len() == x.len(), "row, gain and out of one length");
-    let mean = sum(x, |x| x * x) / x.len() as f32;
+    let n = x.len();
+    assert!(gain.len() == n && out.len() == n, "row, gain and out of one length");
+    let mean = sum!(x, x => x * x) / n as f32;
     let factor = 1.0 / (mean + eps).sqrt();
-    for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
-        *out = (x * factor) * gain;
+    for i in 0..n {
+        out[i] = (x[i] * factor) * gain[i];
     }
 }
 
 #[inline(always)]
 pub(super) fn layer(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
-    assert!(gain.len() == x.len() && out.len() == x.len(), "row, gain and out of one length");
-    let count = x.len() as f32;
-    let mean = sum(x, |x| x) / count;
+    let n = x.len();
+    assert!(gain.len() == n && out.len() == n, "row, gain and out of one length");
+    let mean = sum!(x, x => x) / n as f32;
     // A second pass over the row costs less than the precision that mean(x^2) - mean(x)^2 would.
-    let variance = sum(x, |x| (x - mean) * (x - mean)) / count;
+    let variance = sum!(x, x => (x - mean) * (x - mean)) / n as f32;
     let factor = 1.0 / (variance + eps).sqrt();
-    for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
-        *out = ((x - mean) * factor) * gain;
+    for i in 0..n {
+        out[i] = ((x[i] - mean) * factor) * gain[i];
     }
     if let Some(bias) = bias {
-        assert_eq!(bias.len(), out.len(), "bias and out of one length");
-        for (out, &bias) in out.iter_mut().zip(bias) {
-            *out += bias;
+        assert_eq!(bias.len(), n, "bias and out of one length");
+        for i in 0..n {
+            out[i] += bias[i];
         }
     }
 }

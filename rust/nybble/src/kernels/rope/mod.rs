@@ -57,8 +57,10 @@ mod loops {
         assert!(cos.len() == half && sin.len() == half, "one angle a pair");
         for head in x.chunks_exact_mut(head_dim) {
             let (first, second) = head[..rotary_dim].split_at_mut(half);
-            for (((a, b), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            for i in 0..half {
+                let (a, b) = (first[i], second[i]);
+                first[i] = a * cos[i] - b * sin[i];
+                second[i] = b * cos[i] + a * sin[i];
             }
         }
     }

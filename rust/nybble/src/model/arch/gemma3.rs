@@ -126,6 +126,7 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
     use crate::model::rope::Scaling;

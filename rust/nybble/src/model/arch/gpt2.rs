@@ -161,6 +161,7 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
 

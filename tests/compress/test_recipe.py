@@ -1,0 +1,116 @@
+"""Recipes: what they say, what they must not, and what options change."""
+
+import pytest
+import yaml
+
+from nybble.compress.recipe import Recipe, read, shipped
+from nybble.errors import ArgumentError, ConfigError
+from nybble.quant import Rtn, Scheme
+
+
+def test_defaults_are_four_bits_with_zero_points_and_eight_for_the_tables():
+    recipe = read(None)
+    assert recipe == Recipe()
+    assert recipe.linear_scheme() == Scheme(4, 32, False, 8, "group")
+    assert recipe.matrix_scheme(recipe.embedding) == Scheme(8, 32, True, 8, "group")
+    assert isinstance(recipe.weights.quantizer(), Rtn)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "inputs", "symmetric"),
+    [("w4a16", 4, 16, False), ("w4a8", 4, 8, False), ("w8a8", 8, 8, True)],
+)
+def test_shipped_recipes(name, bits, inputs, symmetric):
+    assert shipped()[name]
+    assert read(name).linear_scheme() == Scheme(bits, 32, symmetric, inputs, "group")
+
+
+def test_a_file_a_mapping_and_what_is_written_back_agree(tmp_path):
+    text = """
+    weights: {bits: 8, group: null, method: {name: rtn}}
+    activations: {strategy: token}
+    head: {bits: 4, group: 64, symmetric: false}
+    ignore: "re:.*down_proj"
+    floats: f16
+    """
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = read(tmp_path / "r.yaml")
+    assert recipe == read(str(tmp_path / "r.yaml")) == read(yaml.safe_load(text))
+    assert recipe.linear_scheme() == Scheme(8, None, True, 8, "token")
+    assert recipe.matrix_scheme(recipe.head) == Scheme(4, 64, False, 8, "token")
+    assert recipe.matrix_scheme(recipe.embedding) == Scheme(8, None, True, 8, "token")
+    (tmp_path / "again.yml").write_text(recipe.to_yaml())
+    assert read(tmp_path / "again.yml") == recipe
+
+
+def test_options_take_the_place_of_what_a_recipe_says():
+    recipe = read("w8a8").with_options(weights=4, group=64, activations=16, symmetric=True)
+    assert recipe.linear_scheme() == Scheme(4, 64, True, 16, "group")
+    assert read("w8a8").with_options() == read("w8a8")
+    floats = read(None).with_options(weights=16)
+    assert floats.linear_scheme() is None
+    assert floats.matrix_scheme(floats.embedding) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"weigths": {}}, ["'weigths'", "did you mean weights"]),
+        ({"weights": {"bit": 4}}, ["key in weights 'bit'", "did you mean bits"]),
+        ({"weights": {"bits": 5}}, ["weights.bits", "4, 8, 16", "5"]),
+        ({"weights": {"bits": True}}, ["weights.bits", "True"]),
+        ({"weights": {"bits": 8.0}}, ["weights.bits", "8.0"]),
+        ({"weights": {"group": 48}}, ["weights.group", "48"]),
+        ({"weights": {"symmetric": 1}}, ["weights.symmetric"]),
+        ({"weights": 4}, ["weights", "mapping"]),
+        ({"weights": {"method": 4}}, ["weights.method", "name"]),
+        ({"weights": {"method": {"name": "rtn", "damp": 1}}}, ["'damp'"]),
+        ({"activations": {"bits": 4}}, ["activations.bits", "8, 16"]),
+        ({"activations": {"strategy": "tensor"}}, ["activations.strategy"]),
+        ({"embedding": {"bits": 2}}, ["bits", "2"]),
+        ({"head": {"group": "all"}}, ["group", "all"]),
+        ({"ignore": [3]}, ["ignore", "patterns"]),
+        ({"floats": "f64"}, ["floats", "auto, bf16, f16"]),
+        ({1: 2}, ["'1'"]),
+    ],
+)
+def test_what_is_unknown_is_named(recipe, words):
+    with pytest.raises(ConfigError) as caught:
+        read(recipe)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_names_and_methods_list_the_near_ones(tmp_path):
+    with pytest.raises(ArgumentError, match="did you mean w4a8"):
+        read("w4a9")
+    with pytest.raises(ArgumentError, match="did you mean rtn"):
+        read({"weights": {"method": "rtnn"}})
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        read(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "weights: [",
+        "- 1",
+        "weights: {bits: 4, bits: 8}",
+        "!!python/object/apply:os.system ['true']",
+        "a: &a [*a]",
+        "[" * 5000,
+        "\0",
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        read(tmp_path / "r.yaml")
+
+
+def test_an_empty_file_is_the_default_and_a_huge_one_an_error(tmp_path):
+    (tmp_path / "r.yaml").write_text("# nothing\n")
+    assert read(tmp_path / "r.yaml") == Recipe()
+    (tmp_path / "r.yaml").write_text("#" * (1 << 21))
+    with pytest.raises(ValueError, match="at most"):
+        read(tmp_path / "r.yaml")
