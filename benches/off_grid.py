@@ -96,37 +96,39 @@ def rescale(model: Any, seed: int) -> None:
         times(attention.o_proj.weight, 1 / shared)
 
 
+def off_grid(source: Path, out: Path, seed: int = 0) -> float:
+    """Write the rescaled model; return the largest change of a logit, relative to the largest."""
+    checkpoint = _nybble.Checkpoint.open(str(source))
+    model = load(checkpoint)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=draw)
+    with torch.no_grad():
+        before = model(ids).logits
+        rescale(model, seed)
+        change = ((model(ids).logits - before).abs().max() / before.abs().max()).item()
+    if not change < 1e-4:
+        message = f"the function changed by {change:.2e} of the largest logit: nothing is written"
+        raise SystemExit(message)
+    model.save_pretrained(out)
+    if checkpoint.kind == "gguf":
+        config = json.loads(checkpoint.config())
+        rebuild_companions(checkpoint.gguf_metadata(), config, str(source), out)
+    else:
+        copy_companions(source, out)
+    return change
+
+
 def main() -> int:
     """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description="Rescale a model's channels without changing its function."
-    )
+    parser = argparse.ArgumentParser(description="Rescale channels without changing the function.")
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists")
-    checkpoint = _nybble.Checkpoint.open(str(arguments.source))
-    model = load(checkpoint)
-    ids = torch.randint(
-        0, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1)
-    )
-    with torch.no_grad():
-        before = model(ids).logits
-        rescale(model, arguments.seed)
-        change = ((model(ids).logits - before).abs().max() / before.abs().max()).item()
+    change = off_grid(arguments.source, arguments.out, arguments.seed)
     print(f"largest change of a logit: {change:.2e} of the largest logit")
-    if not change < 1e-4:
-        print("the function changed: nothing is written", file=sys.stderr)
-        return 1
-    model.save_pretrained(arguments.out)
-    if checkpoint.kind == "gguf":
-        config = json.loads(checkpoint.config())
-        metadata = checkpoint.gguf_metadata()
-        rebuild_companions(metadata, config, str(arguments.source), arguments.out)
-    else:
-        copy_companions(arguments.source, arguments.out)
     return 0
 
 

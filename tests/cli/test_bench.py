@@ -65,7 +65,8 @@ def test_tables_for_people(run, tiny_folder):
         assert outcome.code == 0, outcome.err
         for word in ("pp8", "tg3", "tok/s", "±", "f32/"):
             assert word in outcome.out
-        assert "GB/s with 2 threads" in outcome.err
+        assert "GB/s with 2 threads" in outcome.out
+        assert outcome.err == ""
 
 
 def test_only_what_is_asked_for(run_json, tiny_folder):

@@ -201,6 +201,13 @@ def test_a_reader_that_goes_away_is_no_error(start, tiny_folder):
     assert err == b""
 
 
+def test_a_terminal_without_unicode(start, tiny_folder):
+    process = start("bench", tiny_folder, "-p", "4", "-n", "0", "-r", "1", PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert b"pp4" in out
+
+
 def test_main_without_arguments_reads_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nybble", "--version"])
     assert main() == 0

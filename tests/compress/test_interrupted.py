@@ -56,7 +56,7 @@ def hidden(folder: Path) -> list[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs fork and SIGKILL")
 def test_kills_at_random_moments(tiny_folder, tmp_path):
-    draw = random.Random(0)  # noqa: S311
+    draw = random.Random(0)
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:

@@ -4,6 +4,7 @@ A verb's file declares its options and imports what it needs when it runs, so ``
 a mistyped option answer without loading the runtime.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments
         What stands behind the program's name; ``sys.argv`` without it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # An old terminal that cannot show a character gets a question mark, not a failure.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="nybble")
     except SystemExit as stop:

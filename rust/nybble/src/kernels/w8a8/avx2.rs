@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel};
+use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
 use crate::pack::Layout;
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W8, 4, block);
@@ -36,6 +36,9 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
 fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
     assert!(out.len() == M && tile.asymmetric == ASYMMETRIC);
     tile.check(x, M, STEP);
+    if M > 1 {
+        opaque(0); // aligns the stack
+    }
     let ones = _mm256_set1_epi16(1);
     let mut y = [[_mm256_setzero_ps(); 2]; M];
     let mut weights = tile.bytes.as_ptr();
