@@ -113,7 +113,7 @@ pub(crate) unsafe fn walk<const MAX: usize>(
 /// `value`, as something the compiler knows nothing about, and vectors on the stack aligned.
 ///
 /// A caller's stack is aligned to 16 bytes only, and the compiler learns too late that it will have to keep vectors there
-/// to align it further: by chance, half of them then straddle cache lines, at a third of the speed. A value that asks for
+/// to align it further: by chance, half of them then straddle cache lines, which cost a third of the speed. A value that asks for
 /// the alignment from the start settles it for the whole function this is inlined into.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]

@@ -120,15 +120,17 @@ pub fn rtn(weights: &[f32], rows: usize, cols: usize, settings: &Rtn) -> Result<
 
 /// Steps the largest magnitude is mapped to, tried in this order for 4 bits. Below 7 nothing is clipped: those entries
 /// only serve weights that already lie on a coarser grid.
-const STEPS_4: &[f32] =
-    &[7.0, 4.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0, 10.5, 12.0, 14.0];
+const STEPS_4: &[f32] = &[
+    7.0, 4.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0, 10.5, 12.0,
+    14.0,
+];
 /// The same for 8 bits, where clipping pays only for groups much longer than a row of registers.
 const STEPS_8: &[f32] =
     &[127.0, 127.5, 128.0, 129.0, 130.0, 132.0, 134.0, 136.0, 140.0, 144.0, 150.0, 160.0, 176.0, 192.0];
 /// The range's length in steps, for asymmetric 4-bit groups.
 const SPANS_4: &[f32] = &[
     15.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.25, 15.5, 15.75, 16.0, 16.5, 17.0, 17.5,
-    18.0, 19.0, 20.0,
+    18.0, 19.0, 20.0, 23.0, 27.0,
 ];
 /// The same for 8 bits.
 const SPANS_8: &[f32] =

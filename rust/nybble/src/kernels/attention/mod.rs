@@ -146,7 +146,7 @@ fn lock(work: &Mutex<Memory>) -> std::sync::MutexGuard<'_, Memory> {
 
 /// All kernels this CPU and `NYBBLE_ISA` allow, lowest tier first.
 pub fn kernels() -> Vec<&'static dyn Attention> {
-    listed!(dyn Attention)
+    listed!(dyn Attention, neon)
 }
 
 /// Attention of the last `n` positions of `cache`, whose queries are `q`; head `h` of query `i` starts at

@@ -39,18 +39,26 @@ macro_rules! instantiate {
 }
 pub(crate) use instantiate;
 
-/// The list of an operation's kernels: `scalar` and every tier whose token can be had, lowest first.
+/// The list of an operation's kernels: `scalar` and every tier whose token can be had, lowest first. `neon` adds that tier;
+/// plain loops need none, for every 64-bit ARM has NEON and the portable code is compiled for it.
 macro_rules! listed {
-    ($kernel:ty) => {{
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+    ($kernel:ty $(, $neon:ident)?) => {{
+        #[allow(unused_mut)]
         let mut list: Vec<&'static $kernel> = vec![&$crate::kernels::f32::scalar::Scalar];
+        // Leaking a token allocates nothing: it has no size.
         #[cfg(target_arch = "x86_64")]
         {
             use $crate::cpu::{Avx2, Avx512Vnni};
-            // Leaking a token allocates nothing: it has no size.
             list.extend(Avx2::new().map(|token| &*Box::leak(Box::new(token)) as &'static $kernel));
             list.extend(Avx512Vnni::new().map(|token| &*Box::leak(Box::new(token)) as &'static $kernel));
         }
+        $(
+            #[cfg(target_arch = "aarch64")]
+            {
+                let $neon = $crate::cpu::Neon::new();
+                list.extend($neon.map(|token| &*Box::leak(Box::new(token)) as &'static $kernel));
+            }
+        )?
         list
     }};
 }

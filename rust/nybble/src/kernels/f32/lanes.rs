@@ -6,9 +6,9 @@
 //! fused multiply-add a lane. No lane ever meets another one, and every output is one chain of additions in the order of
 //! the summed index. That makes its bits independent of how many rows or tiles a call computes, and of the tier.
 //!
-//! [`Lanes`] is what a tier supplies (two `ymm`, one `zmm`, or an array), [`Element`] how stored numbers become lanes, and
-//! [`Tier`] instantiates the loop under the tier's instructions; a tier is its capability token, which proves that they
-//! may be used.
+//! [`Lanes`] is what a tier supplies (two `ymm`, one `zmm`, four NEON registers, or an array), [`Element`] how stored
+//! numbers become lanes, and [`Tier`] instantiates the loop under the tier's instructions; a tier is its capability token,
+//! which proves that they may be used.
 
 #![allow(clippy::inline_always)] // what a tier inlines is compiled with its instructions
 

@@ -3,10 +3,11 @@
 //! Float models run entirely on it. Compressed ones use it where activations keep 16 or 32 bits ("weights only"): the
 //! integer tiles are dequantized, a piece at a time, into a buffer that stays in the first-level cache.
 //!
-//! Few rows (decode) stream the weights from memory once. Many rows (prefill) go over a piece of a tile again and again while
-//! it is in that cache. 16-bit weights are widened in registers, each time: six rows share one widening, and storing widened
-//! pieces instead was slower up to twelve rows and no faster beyond. Either way each output is `fma(x[k], w[k], sum)` for `k` in order, so the bits do not
-//! depend on the way taken, on the number of rows, or on the tier.
+//! Few rows (decode) stream the weights from memory once. Many rows (prefill) go over a piece of a tile again and again
+//! while it is in that cache. 16-bit weights are widened in registers, each time: six rows share one widening, and storing
+//! widened pieces instead was slower up to twelve rows and no faster beyond. Either way each output is
+//! `fma(x[k], w[k], sum)` for `k` in order, so the bits do not depend on the way taken, on the number of rows, or on the
+//! tier.
 //!
 //! The loop itself is in [`lanes`]; attention shares it.
 
@@ -17,8 +18,10 @@ pub(crate) mod scalar;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod codes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use std::ops::Range;
 
@@ -48,7 +51,7 @@ pub trait FloatMatmul: Sync {
 
 /// All kernels this CPU and `NYBBLE_ISA` allow, lowest tier first.
 pub fn kernels() -> Vec<&'static dyn FloatMatmul> {
-    listed!(dyn FloatMatmul)
+    listed!(dyn FloatMatmul, neon)
 }
 
 impl<T: Tier> FloatMatmul for T {

@@ -1,7 +1,7 @@
 //! Portable panels: plain arrays, the oracle of the other tiers.
 //!
-//! On ARM the compiler turns the arrays into NEON registers and `mul_add` into one instruction. On x86 without FMA
-//! `mul_add` is a call of the C library, which keeps the bits and loses the speed.
+//! On x86 `mul_add` is a call of the C library here, which keeps the bits and loses the speed; all but the oldest CPUs have
+//! a better tier.
 
 #![allow(clippy::inline_always)] // see `lanes`
 
