@@ -129,6 +129,8 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 import nybble
 
+# A background job of a shell inherits "ignore"; a person's terminal does not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model = nybble.load(sys.argv[1], threads=2)
 session = model.session()
 session.forward([5] * 16)
