@@ -115,6 +115,8 @@ def test_a_terminal(tiny_folder):
 
     pid, terminal = pty.fork()
     if pid == 0:
+        # A background job of a shell inherits "ignore"; a person's terminal does not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         arguments = ["-m", "nybble", "chat", str(tiny_folder), "--temperature", "5", "-n", "400"]
         os.execv(sys.executable, [sys.executable, *arguments])
     seen = ""
