@@ -159,8 +159,15 @@ def scheme(config: Mapping[str, Any], found: Iterable[Part]) -> str:
     if not layout.startswith("int"):
         return layout
     kind, _, rest = layout.partition(" ")
-    groups = [g for g in quantization(config) if f"int{g['weight_bits']}" == kind]
-    inputs = max((group["activation_bits"] for group in groups), default=16)
+    # An embedding is looked up: it has no inputs to speak of, whatever bits it shares with linears.
+    inputs = max(
+        (
+            group["activation_bits"]
+            for group in quantization(config)
+            if f"int{group['weight_bits']}" == kind and group["targets"] != ["Embedding"]
+        ),
+        default=16,
+    )
     return f"W{kind.removeprefix('int')}A{inputs} {rest}"
 
 

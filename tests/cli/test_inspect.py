@@ -92,3 +92,13 @@ def test_parts_of_odd_shapes():
     assert (c.layout, c.size) == ("Q6_K", 420)
     assert (d.weights, d.size) == (1, 4)
     assert lonely.name == "lonely.weight_scale"
+
+
+def test_the_scheme_s_name_is_that_of_the_linears(tiny_folder, tmp_path):
+    import nybble
+    from nybble.anatomy import describe
+
+    for weights, name in ((4, "W4A8 g32 asym"), (8, "W8A8 g32 sym")):
+        out = tmp_path / str(weights)
+        nybble.compress(tiny_folder, out, weights=weights, progress=False)
+        assert describe(out)["scheme"] == name
