@@ -42,7 +42,8 @@ def test_json_has_every_field(run_json, compressed_folder):
         assert record["kernel"].startswith("w4a8/")
         assert record["memory_bandwidth"] > 0
         assert record["peak_rss"] > 1 << 20
-    assert results[0]["ttft_ms"] == pytest.approx(results[0]["avg_ns"] / 1e6, rel=1e-6)
+    # From the samples: `avg_ns` is rounded to whole nanoseconds, and the tiny model is quick.
+    assert results[0]["ttft_ms"] == pytest.approx(statistics.fmean(results[0]["samples_ns"]) / 1e6)
     assert results[1]["ttft_ms"] is None
     assert results[0]["bandwidth_share"] is None
     share = results[1]["weight_bytes_per_token"] * results[1]["avg_ts"]
