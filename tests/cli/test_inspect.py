@@ -39,8 +39,8 @@ def test_a_compressed_folder_counts_weights_not_words(run_json, tiny_folder, com
     assert after["tensor_bytes"] == stored
     layouts = after["layouts"]
     assert set(layouts) == {"int4 g32 asym", "int8 g32 sym", "F32"}
-    # 4 bits, a 16-bit scale and a 4-bit zero point for 32 weights, and 16 bytes of shape a matrix.
-    assert layouts["int4 g32 asym"]["bits_per_weight"] == pytest.approx(4 + 20 / 32, rel=0.02)
+    # 4 bits, a 16-bit scale and a 16-bit zero point for 32 weights, and 16 bytes of shape a matrix.
+    assert layouts["int4 g32 asym"]["bits_per_weight"] == pytest.approx(4 + 32 / 32, rel=0.02)
     assert {group["weight_bits"] for group in after["quantization"]} == {4, 8}
     assert after["nybble"]["version"] == 1
 

@@ -31,7 +31,12 @@ def dequantized(folder, module, bits):
         scales = file.get_tensor(f"{module}.weight_scale").astype(np.float32)
         zeros = None
         if f"{module}.weight_zero_point" in file.keys():  # noqa: SIM118
-            zeros = unpack_zeros(file.get_tensor(f"{module}.weight_zero_point"), bits, rows)
+            zeros = file.get_tensor(f"{module}.weight_zero_point").astype(np.float32)
+            if zeros.shape == scales.shape:
+                zeros += 2 ** (bits - 1)
+            else:
+                words = file.get_tensor(f"{module}.weight_zero_point")
+                zeros = unpack_zeros(words, bits, rows).astype(np.float32)
     return IntWeights(codes, scales, zeros, bits).dequantize()
 
 
@@ -68,11 +73,13 @@ def test_the_folder_has_everything(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "zeros", [{"symmetric": True}, {"symmetric": False}, {"symmetric": False, "zeros": "whole"}]
+)
 @pytest.mark.parametrize("group", [32, 64, None])
-def test_the_file_holds_what_the_method_gave(tiny_folder, tmp_path, bits, symmetric, group):
+def test_the_file_holds_what_the_method_gave(tiny_folder, tmp_path, bits, zeros, group):
     out = tmp_path / "out"
-    weights = {"bits": bits, "symmetric": symmetric, "group": group}
+    weights = {"bits": bits, "group": group, **zeros}
     report = compress(tiny_folder, out, recipe={"weights": weights})
     source = load_file(tiny_folder / "model.safetensors")
     errors = {tensor.name: tensor for tensor in report.tensors}
@@ -85,6 +92,19 @@ def test_the_file_holds_what_the_method_gave(tiny_folder, tmp_path, bits, symmet
     assert np.array_equal(
         load_file(out / "model.safetensors")["model.norm.weight"], source["model.norm.weight"]
     )
+
+
+@pytest.mark.parametrize("bad", [0.03, -8.0625, 8.0, np.nan, np.inf])
+def test_a_zero_point_that_no_tile_holds_is_refused(tiny_folder, tmp_path, bad):
+    out = tmp_path / "out"
+    compress(tiny_folder, out)
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight_zero_point"
+    assert tensors[name].dtype == np.float16
+    tensors[name][3, 1] = bad
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(FormatError, match=f"{name}.*multiples of 1/16"):
+        nybble.load(out)
 
 
 def test_blocks_of_rows_give_the_same_file(tiny_folder, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_every_tensor_has_one_place():
     assert config["ignore"] == ["wpe", "lm_head"]
     names = [entry[0] for item in work.items for entry in item.entries()]
     assert len(names) == len(set(names))
-    assert ("h.0.q.weight_zero_point", "I32", (4, 2)) in items["h.0.q"].entries()
+    assert ("h.0.q.weight_zero_point", "F16", (32, 2)) in items["h.0.q"].entries()
 
 
 def test_a_group_that_does_not_divide_is_reported():

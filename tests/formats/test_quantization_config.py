@@ -9,6 +9,7 @@ from nybble.formats.compressed_tensors import Module, QuantizedModules, quantiza
 from nybble.quant import Scheme
 
 W4 = Scheme(4, 32, False, 8, "group")
+WHOLE = Scheme(4, 32, False, 8, "group", whole_zeros=True)
 ROW = Scheme(4, None, False, 8, "group")
 W8 = Scheme(8, 32, True, 16, "group")
 MODULES = [
@@ -17,6 +18,7 @@ MODULES = [
     Module("model.layers.0.q_proj", "Linear", W4),
     Module("model.layers.0.down_proj", "Linear", ROW),
     Module("model.layers.1.q_proj", "Linear", W4),
+    Module("model.layers.1.k_proj", "Linear", WHOLE),
     Module("model.layers.1.down_proj", "Linear", None),
     Module("lm_head", "Linear", W8),
 ]

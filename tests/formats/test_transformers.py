@@ -73,9 +73,11 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_package_unpacks_the_same_weights(source, tmp_path, bits, symmetric):
-    weights = {"bits": bits, "symmetric": symmetric}
+@pytest.mark.parametrize(
+    "zeros", [{"symmetric": True}, {"symmetric": False}, {"symmetric": False, "zeros": "whole"}]
+)
+def test_the_package_unpacks_the_same_weights(source, tmp_path, bits, zeros):
+    weights = {"bits": bits, **zeros}
     out = compress(source, tmp_path / "out", weights=weights, activations={"bits": 16})
     plain = decompressed(out)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -124,7 +126,8 @@ def test_transformers_loads_rounded_activations(source, tmp_path, strategy):
 
 
 def test_transformers_loads_zero_points_when_told_to_dequantize(source, tmp_path):
-    recipe = {"weights": {"symmetric": False}, "activations": {"bits": 16}, **FLOAT_TABLES}
+    weights = {"symmetric": False, "zeros": "whole"}
+    recipe = {"weights": weights, "activations": {"bits": 16}, **FLOAT_TABLES}
     out = compress(source, tmp_path / "out", **recipe)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         out,

@@ -44,10 +44,11 @@ def test_a_case_worked_by_hand():
     ),
     bits=st.sampled_from([4, 8]),
     symmetric=st.booleans(),
+    whole=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_never_worse_than_the_textbook(weights, bits, symmetric):
-    scheme = Scheme(bits, 32, symmetric)
+def test_never_worse_than_the_textbook(weights, bits, symmetric, whole):
+    scheme = Scheme(bits, 32, symmetric, whole_zeros=whole)
     done = Rtn().quantize(weights, scheme, threads=2)
     assert np.array_equal(done.scales, done.scales.astype(np.float16))
     groups = weights.reshape(-1, 32)
@@ -60,11 +61,19 @@ def test_never_worse_than_the_textbook(weights, bits, symmetric):
 def test_a_grid_is_found_again():
     rng = np.random.default_rng(0)
     scales = rng.uniform(0.001, 0.1, (50, 4, 1)).astype(np.float16).astype(np.float32)
-    for symmetric in (True, False):
-        zeros = 8 if symmetric else rng.integers(0, 16, (50, 4, 1))
+    schemes = {
+        "middle": Scheme(4, 32, True),
+        "whole": Scheme(4, 32, False, whole_zeros=True),
+        "sixteenths": Scheme(4, 32, False),
+    }
+    for kind, scheme in schemes.items():
+        assert scheme.zeros == kind
+        zeros = 8 if kind == "middle" else rng.integers(0, 16, (50, 4, 1))
+        if kind == "sixteenths":
+            zeros = zeros + rng.integers(0, 16, (50, 4, 1)) / 16
         weights = ((rng.integers(0, 16, (50, 4, 32)) - zeros) * scales).astype(np.float32)
         weights = weights.reshape(50, 128)
-        done = Rtn().quantize(weights, Scheme(4, 32, symmetric))
+        done = Rtn().quantize(weights, scheme)
         assert np.array_equal(done.dequantize(), weights)
 
 

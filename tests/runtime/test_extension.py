@@ -90,16 +90,20 @@ def test_a_failure_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_rounding(bits, symmetric):
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [(4, "middle"), (4, "whole"), (4, "sixteenths"), (8, "middle"), (8, "whole")],
+)
+def test_rounding(bits, kind):
     weights = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
-    codes, scales, zeros = _nybble.rtn(weights, bits, 32, symmetric)
+    codes, scales, zeros = _nybble.rtn(weights, bits, 32, kind)
     assert codes.shape == (5, 96)
     assert codes.dtype == np.uint8
     assert codes.max() < 1 << bits
     assert scales.shape == (5, 3)
-    assert (zeros is None) == symmetric
+    assert (zeros is None) == (kind == "middle")
+    unit = {"middle": 1, "whole": 1, "sixteenths": 16}[kind]
+    assert zeros is None or np.array_equal(zeros * unit, np.round(zeros * unit))
     middle = np.full((5, 3), 1 << (bits - 1)) if zeros is None else zeros
     back = np.repeat(scales, 32, 1) * (codes.astype(np.float32) - np.repeat(middle, 32, 1))
     assert np.abs(back - weights).max() < (0.5 if bits == 4 else 0.03)
@@ -109,16 +113,20 @@ def test_rounding_what_cannot_be_rounded():
     weights = np.ones((4, 32), dtype=np.float32)
     for bits in (0, 3, 16):
         with pytest.raises(ArgumentError, match="bits"):
-            _nybble.rtn(weights, bits, 32, True)
+            _nybble.rtn(weights, bits, 32, "middle")
     with pytest.raises(ArgumentError, match="finite"):
-        _nybble.rtn(weights * np.nan, 4, 32, True)
+        _nybble.rtn(weights * np.nan, 4, 32, "middle")
     with pytest.raises(ArgumentError, match="contiguous"):
-        _nybble.rtn(weights[:, ::2], 4, 32, True)
+        _nybble.rtn(weights[:, ::2], 4, 32, "middle")
     with pytest.raises(ArgumentError, match="threads"):
-        _nybble.rtn(weights, 4, 32, True, 0)
+        _nybble.rtn(weights, 4, 32, "middle", 0)
+    with pytest.raises(ArgumentError, match="zeros"):
+        _nybble.rtn(weights, 4, 32, "quarters")
+    with pytest.raises(ArgumentError, match="sixteenths"):
+        _nybble.rtn(weights, 8, 32, "sixteenths")
     with pytest.raises(TypeError):
-        _nybble.rtn(weights.astype(np.float64), 4, 32, True)
-    codes, scales, _ = _nybble.rtn(np.zeros((0, 32), dtype=np.float32), 4, 32, True)
+        _nybble.rtn(weights.astype(np.float64), 4, 32, "middle")
+    codes, scales, _ = _nybble.rtn(np.zeros((0, 32), dtype=np.float32), 4, 32, "middle")
     assert codes.shape == (0, 32)
     assert scales.shape == (0, 1)
 

@@ -242,10 +242,13 @@ class _Writing:
             writer.write_at(f"{name}.weight_packed", start * row_bytes, packed.data)
             scales = done.scales.astype("<f2")
             writer.write_at(f"{name}.weight_scale", start * groups * 2, scales.data)
-            if done.zeros is not None:
+            if scheme.zeros == "sixteenths":
+                zeros = (done.zeros - 2 ** (scheme.bits - 1)).astype("<f2")
+                writer.write_at(f"{name}.weight_zero_point", start * groups * 2, zeros.data)
+            elif done.zeros is not None:
                 word = start // rows_per_word(scheme.bits)
-                zeros = pack_zeros(done.zeros, scheme.bits)
-                writer.write_at(f"{name}.weight_zero_point", word * groups * 4, zeros.data)
+                packed = pack_zeros(done.zeros.astype(np.uint8), scheme.bits)
+                writer.write_at(f"{name}.weight_zero_point", word * groups * 4, packed.data)
             total += done.squared_error(block)
         writer.write(f"{name}.weight_shape", np.array([rows, cols], dtype="<i8").data)
         return float(total[0]), float(total[1])

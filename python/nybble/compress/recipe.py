@@ -2,7 +2,7 @@
 
 A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
 
-    weights: {bits: 4, group: 32, symmetric: false, method: rtn}
+    weights: {bits: 4, group: 32, symmetric: false, zeros: fractional, method: rtn}
     activations: {bits: 8, strategy: group}
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
@@ -65,6 +65,10 @@ class Weights:
     symmetric
         Whether groups are centred on zero; ``None`` leaves it to the bits: 8-bit weights are, 4-bit
         ones are not.
+    zeros
+        Zero points of 4-bit groups that are not: ``fractional``, in sixteenths of a code, or
+        ``whole`` codes, which lose accuracy, but keep a weight of 0 and are what most other
+        programs read.
     method
         A name in :data:`nybble.quant.METHODS`, or a mapping with that ``name`` and the method's
         settings.
@@ -73,12 +77,14 @@ class Weights:
     bits: int = 4
     group: int | None = 32
     symmetric: bool | None = None
+    zeros: str = "fractional"
     method: str | Mapping[str, Any] = "rtn"
 
     def __post_init__(self) -> None:
         _check("weights.bits", self.bits, (4, 8, 16))
         _check("weights.group", self.group, (*GROUPS, None))
         _check("weights.symmetric", self.symmetric, (True, False, None))
+        _check("weights.zeros", self.zeros, ("fractional", "whole"))
 
     def quantizer(self) -> Quantizer:
         """Return the method, made with its settings."""
@@ -172,7 +178,9 @@ class Recipe:
             return None
         if symmetric is None:
             symmetric = bits == 8
-        return Scheme(bits, group, symmetric, self.activations.bits, self.activations.strategy)
+        inputs = self.activations
+        whole = self.weights.zeros == "whole"
+        return Scheme(bits, group, symmetric, inputs.bits, inputs.strategy, whole)
 
     def with_options(
         self,

@@ -11,6 +11,10 @@ What readers do with it, as found out by trying (compressed-tensors 0.20, transf
 * The format is written explicitly, for all and for each group: a reader that has to infer it would
   take one byte a weight for granted wherever activations are quantized too.
 * compressed-tensors unpacks every layout written here to the same integers.
+* Zero points in sixteenths are floats, and ``tensor_group`` is the one strategy with groups whose
+  zero points compressed-tensors neither packs nor unpacks; their type is its ``zp_dtype``. (What
+  else the strategy stands for, a scale for the whole tensor, is 1 and not stored.) It reads them as
+  they are meant.
 * transformers loads symmetric linears in every combination. It packs no zero points when it
   prepares an empty model, so asymmetric ones load with ``dequantize=True`` only, which in turn
   knows a single scheme. It loads no quantized ``Embedding`` (it wants to initialise a weight that
@@ -66,7 +70,9 @@ def entries(
         (f"{module}.weight_scale", "F16", (rows, groups)),
         (f"{module}.weight_shape", "I64", (2,)),
     ]
-    if not scheme.symmetric:
+    if scheme.zeros == "sixteenths":
+        tensors.append((f"{module}.weight_zero_point", "F16", (rows, groups)))
+    elif scheme.zeros == "whole":
         zeros = (words(rows, scheme.bits), groups)
         tensors.append((f"{module}.weight_zero_point", "I32", zeros))
     return tensors
@@ -118,11 +124,12 @@ def quantization_config(modules: Sequence[Module], tied: Iterable[str] = ()) -> 
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
-    return {
+    strategy = "channel" if scheme.group is None else "group"
+    section: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group is None else "group",
+        "strategy": strategy,
         "group_size": scheme.group,
         "dynamic": False,
         "actorder": None,
@@ -130,6 +137,9 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "observer": None,
         "observer_kwargs": {},
     }
+    if scheme.zeros == "sixteenths":
+        section |= {"strategy": "tensor_group", "zp_dtype": "torch.float16"}
+    return section
 
 
 def _activations(scheme: Scheme) -> dict[str, Any] | None:
@@ -216,16 +226,17 @@ class QuantizedModules:
         if inputs is not None and not isinstance(inputs, Mapping):
             self._refuse(f"{name}.input_activations", "an object", inputs)
         strategy = weights.get("strategy")
-        if weights.get("type") != "int" or strategy not in ("group", "channel"):
+        if weights.get("type") != "int" or strategy not in ("group", "tensor_group", "channel"):
             message = f"{self._where}: {name}: only integers by group or channel are read"
             raise UnsupportedError(message)
         try:
             return Scheme(
                 bits=weights.get("num_bits", 0),
-                group=weights.get("group_size") if strategy == "group" else None,
+                group=None if strategy == "channel" else weights.get("group_size"),
                 symmetric=bool(weights.get("symmetric", True)),
                 activations=16 if inputs is None else inputs.get("num_bits", 0),
                 strategy="group" if inputs is None else inputs.get("strategy", ""),
+                whole_zeros=strategy != "tensor_group",
             )
         except ValueError as error:
             message = f"{self._where}: {name}: {error}"

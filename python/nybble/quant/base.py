@@ -2,7 +2,9 @@
 
 A weight is stored as an unsigned code and read back as ``scale * (code - zero)``. Weights of one
 row that stand side by side share a scale and a zero point; symmetric ones have the middle code (8
-or 128) as their zero point and store none.
+or 128) as their zero point and store none. The zero point of a group of 4-bit weights is a multiple
+of 1/16, unless whole codes are asked for: rounding it to a whole code costs as much accuracy as
+rounding the weights does.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class Scheme:
         Weights of a row that share a scale; ``None`` for the whole row.
     symmetric
         Whether the zero point is the middle code.
+    whole_zeros
+        Whether zero points are whole codes where they could be sixteenths (asymmetric groups of
+        4-bit weights). Then a weight of 0 stays 0.
     activations
         Bits of the activations: 8, or 16 to leave them in float.
     strategy
@@ -51,6 +56,7 @@ class Scheme:
     symmetric: bool = False
     activations: int = 8
     strategy: str = "group"
+    whole_zeros: bool = False
 
     def __post_init__(self) -> None:
         for name, found, accepted in (
@@ -62,6 +68,9 @@ class Scheme:
             if found not in accepted:
                 message = f"{name}: expected one of {accepted}, found {found!r}"
                 raise ArgumentError(message)
+        # Equal schemes are to compare equal: the setting says nothing where it does not apply.
+        applies = not self.symmetric and self.bits == 4 and self.group is not None
+        object.__setattr__(self, "whole_zeros", self.whole_zeros and applies)
 
     def fitted(self, cols: int) -> Scheme:
         """Return the scheme for rows of `cols` weights.
@@ -77,6 +86,14 @@ class Scheme:
     def groups(self, cols: int) -> int:
         """Return the number of groups in a row of `cols` weights."""
         return 1 if self.group is None else cols // self.group
+
+    @property
+    def zeros(self) -> str:
+        """What a zero point may be: the ``middle`` code, a ``whole`` one, or ``sixteenths``."""
+        if self.symmetric:
+            return "middle"
+        fractions = self.bits == 4 and self.group is not None and not self.whole_zeros
+        return "sixteenths" if fractions else "whole"
 
     def describe(self) -> str:
         """Return the scheme in a few words."""
@@ -96,14 +113,15 @@ class IntWeights:
     scales
         Scales ``[rows, groups]``, exactly representable in float16.
     zeros
-        Zero points ``[rows, groups]`` among the codes; ``None`` for symmetric weights.
+        Zero points ``[rows, groups]`` in codes, whole or multiples of 1/16; ``None`` for symmetric
+        weights.
     bits
         Bits of a code.
     """
 
     codes: Codes
     scales: Floats
-    zeros: Codes | None
+    zeros: Floats | None
     bits: int
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Floats:
@@ -111,7 +129,7 @@ class IntWeights:
         codes, scales = self.codes[start:stop], self.scales[start:stop]
         rows, groups = scales.shape
         centred = codes.reshape(rows, groups, -1).astype(np.float32)
-        # Differences of codes are small whole numbers: exact in float32.
+        # Codes less zero points are small multiples of 1/16: exact in float32.
         if self.zeros is None:
             centred -= np.float32(1 << (self.bits - 1))
         else:

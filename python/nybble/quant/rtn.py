@@ -19,10 +19,11 @@ class Rtn(Quantizer):
 
     Formula, for the weights ``w_1 .. w_n`` of a group::
 
-        q_i = clamp(round(w_i / s) + z, 0, 2^bits - 1)
+        q_i = clamp(round(w_i / s + z), 0, 2^bits - 1)
         s, z = argmin sum_i (w_i - s (q_i - z))^2
 
-    with ``z = 2^(bits-1)`` for symmetric groups, and ``s`` among the values of float16.
+    with ``z = 2^(bits-1)`` for symmetric groups, else a whole code or (4 bits) a multiple of 1/16,
+    and ``s`` among the values of float16.
 
     Defaults: none. The candidates for ``s`` are fixed in the core (``solve/rtn.rs``): a grid of
     clipped ranges, each refined by ``s = sum w_i c_i / sum c_i^2`` for fixed ``c_i = q_i - z``.
@@ -37,5 +38,5 @@ class Rtn(Quantizer):
     ) -> IntWeights:
         """Round `weights`; see :meth:`nybble.quant.base.Quantizer.quantize`."""
         group = weights.shape[1] if scheme.group is None else scheme.group
-        codes, scales, zeros = _nybble.rtn(weights, scheme.bits, group, scheme.symmetric, threads)
+        codes, scales, zeros = _nybble.rtn(weights, scheme.bits, group, scheme.zeros, threads)
         return IntWeights(codes, scales, zeros, scheme.bits)

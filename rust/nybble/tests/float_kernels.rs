@@ -115,8 +115,7 @@ fn matrices(rows: usize, cols: usize, numbers: &mut Numbers) -> Vec<Packed> {
         let codes: Vec<u8> = (0..rows * row_bytes).map(|_| numbers.bits() as u8).collect();
         let scales: Vec<f32> =
             (0..rows * groups).map(|_| f16::from_f32(numbers.next().abs() * 0.1).to_f32()).collect();
-        let zeros: Vec<u8> =
-            (0..rows * groups).map(|_| numbers.bits() as u8 & ((1 << bits) - 1) as u8).collect();
+        let zeros: Vec<u8> = (0..rows * groups).map(|_| numbers.bits() as u8).collect();
         let source = IntSource {
             name: "w",
             rows,

@@ -3,6 +3,8 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use crate::pack::MIDDLE;
+
 /// Adds to each 32-bit lane of `sum` the dot product of its four bytes in `w` with the four bytes of lane `LANE` of `x`.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
@@ -34,22 +36,21 @@ pub(crate) fn half_to_single(bits: uint16x4_t) -> float32x4_t {
     value
 }
 
-/// The end of a group for one row: `y += (scale * x_scale) * (sums - zero * x_sum)`, 16 outputs.
+/// The end of a group for one row: `y += (scale * x_scale) * (2^SHIFT * sums - zero * x_sum)`, 16 outputs.
 ///
-/// `header` points at the group's 16 scales, followed, if `asymmetric`, by 16 zero points; else the zero point is `zero`.
-/// `bias` is what the codes in the tile were lowered by.
+/// `header` points at the group's 16 scales, followed, if `asymmetric`, by 16 zero points; else the zero point is [`MIDDLE`].
+/// `bias` is what the codes in the tile were lowered by; `SHIFT` takes their sums to the unit of the zero points.
 ///
 /// # Safety
 /// The header can be read.
 #[inline]
 #[target_feature(enable = "neon")]
-pub(crate) unsafe fn finish_group(
+pub(crate) unsafe fn finish_group<const SHIFT: i32>(
     y: &mut [float32x4_t; 4],
     sums: [int32x4_t; 4],
     header: *const u8,
     asymmetric: bool,
     bias: i32,
-    zero: i32,
     x_scale: f32,
     x_sum: i32,
 ) {
@@ -61,11 +62,12 @@ pub(crate) unsafe fn finish_group(
                 let wide = vmovl_u8(vcreate_u8(u64::from(four)));
                 vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)))
             } else {
-                vdupq_n_s32(zero)
+                vdupq_n_s32(MIDDLE)
             };
             (half_to_single(vreinterpret_u16_u8(vld1_u8(header.add(8 * q)))), zero)
         };
-        let sum = vmlsq_s32(sum, vsubq_s32(zero, vdupq_n_s32(bias)), vdupq_n_s32(x_sum));
+        let sum =
+            vmlsq_s32(vshlq_n_s32::<SHIFT>(sum), vsubq_s32(zero, vdupq_n_s32(bias)), vdupq_n_s32(x_sum));
         *y = vfmaq_f32(*y, vcvtq_f32_s32(sum), vmulq_n_f32(scale, x_scale));
     }
 }

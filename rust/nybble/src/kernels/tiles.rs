@@ -81,7 +81,7 @@ pub(crate) unsafe fn walk<const MAX: usize>(
     y: Columns<'_>,
     block: impl Fn(&Tile<'_>, &Rows<'_>, &mut [Outputs]),
 ) {
-    let factor = w.scale_mul();
+    let factor = w.output_mul();
     let scaled = factor.to_bits() != 1f32.to_bits();
     for t in tiles {
         let tile = Tile {

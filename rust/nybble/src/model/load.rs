@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::blocks::{Block, Layer, Norm};
 use super::checkpoint::Checkpoint;
 use super::linear::{Linear, Part};
-use super::quantization::{ActivationScheme, Grouping, Scheme, Storage};
+use super::quantization::{ActivationScheme, Grouping, Scheme, Storage, WeightScheme, ZeroPoints};
 use super::spec::{
     AttentionSpec, BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Position, Qkv, Spec,
 };
@@ -257,7 +257,7 @@ impl Loader<'_> {
         if weights.grouping == Grouping::Tensor {
             scales = vec![scales[0]; rows];
         }
-        let zeros = if weights.symmetric { None } else { Some(self.zeros(module, rows, groups, scheme)?) };
+        let zeros = self.zeros(module, rows, groups, weights)?;
         let stored = match weights.storage {
             Storage::Packed => name("weight_packed"),
             Storage::Bytes => name("weight"),
@@ -292,25 +292,53 @@ impl Loader<'_> {
         packed
     }
 
-    /// The codes that mean zero, `[rows, groups]`.
-    fn zeros(&self, module: &str, rows: usize, groups: usize, scheme: Scheme) -> Result<Vec<u8>> {
+    /// The zero points `[rows, groups]` as tiles hold them (see [`IntSource::zeros`]); none of symmetric weights.
+    fn zeros(
+        &self,
+        module: &str,
+        rows: usize,
+        groups: usize,
+        weights: WeightScheme,
+    ) -> Result<Option<Vec<u8>>> {
         let name = format!("{module}.weight_zero_point");
-        let bytes = self.bytes(&name)?;
-        let bits = scheme.weights.bits;
-        if scheme.weights.storage == Storage::Bytes || scheme.weights.grouping == Grouping::Tensor {
-            let offset = 1 << (bits - 1);
-            let code = |byte: &u8| (i16::from(*byte as i8) + offset).clamp(0, 255) as u8;
-            let codes: Vec<u8> = bytes.iter().map(code).collect();
-            return Ok(if codes.len() == rows * groups { codes } else { vec![codes[0]; rows * groups] });
-        }
-        // Packed down the columns: word w of a column holds rows 8 w .. 8 w + 8 (or 4 of them), low bits first.
-        let per_word = (32 / bits) as usize;
-        let code = |row: usize, group: usize| {
-            let word = (row / per_word * groups + group) * 4;
-            let byte = bytes[word + row % per_word * bits as usize / 8];
-            if bits == 8 { byte } else { byte >> (row % 2 * 4) & 15 }
+        let (middle, units) = if weights.bits == 4 { (8, 16) } else { (128, 1) };
+        let found: Vec<u8> = match weights.zeros {
+            ZeroPoints::Middle => return Ok(None),
+            ZeroPoints::Packed => {
+                // Down the columns: word w of a column holds rows 8 w .. 8 w + 8 (or 4 of them), low bits first.
+                let bytes = self.bytes(&name)?;
+                let per_word = (32 / weights.bits) as usize;
+                let code = |row: usize, group: usize| {
+                    let word = (row / per_word * groups + group) * 4;
+                    let byte = bytes[word + row % per_word * weights.bits as usize / 8];
+                    if weights.bits == 8 { byte } else { (byte >> (row % 2 * 4) & 15) * units }
+                };
+                (0..rows).flat_map(|row| (0..groups).map(move |group| code(row, group))).collect()
+            }
+            ZeroPoints::Bytes => {
+                let unit = |byte: &u8| (i32::from(*byte as i8) + middle) * i32::from(units);
+                let inside = |byte: &u8| u8::try_from(unit(byte)).map_err(|_| f32::from(*byte as i8));
+                let found = self.bytes(&name)?.iter().map(inside).collect::<Result<_, _>>();
+                found.map_err(|value| self.bad_zero(&name, "codes less the middle one", value))?
+            }
+            ZeroPoints::Fractions => {
+                let mut values = Vec::new();
+                self.checkpoint.read_f32(&name, 0..rows, &mut values)?;
+                let inside = |value: &f32| {
+                    let unit = (value + middle as f32) * f32::from(units);
+                    let whole = unit as u8;
+                    if f32::from(whole) == unit { Ok(whole) } else { Err(*value) }
+                };
+                let found = values.iter().map(inside).collect::<Result<_, _>>();
+                found.map_err(|value| self.bad_zero(&name, "multiples of 1/16 from -8 to 7.9375", value))?
+            }
         };
-        Ok((0..rows).flat_map(|row| (0..groups).map(move |group| code(row, group))).collect())
+        // One for all of a tensor, or one for each group.
+        Ok(Some(if found.len() == rows * groups { found } else { vec![found[0]; rows * groups] }))
+    }
+
+    fn bad_zero(&self, name: &str, expected: &str, found: f32) -> Error {
+        Error::format(self.checkpoint.path(), name, expected, found.to_string())
     }
 
     fn bytes(&self, name: &str) -> Result<&[u8]> {

@@ -38,13 +38,26 @@ pub enum Grouping {
     Tensor,
 }
 
+/// How zero points are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroPoints {
+    /// Not at all: the middle code is the zero point.
+    Middle,
+    /// Codes side by side in 32-bit words, down the columns.
+    Packed,
+    /// One signed byte each: a code less the middle one.
+    Bytes,
+    /// Floats, likewise less the middle code: multiples of 1/16.
+    Fractions,
+}
+
 /// How the weights of a module were quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WeightScheme {
     /// 4 or 8.
     pub bits: u32,
-    /// No zero points.
-    pub symmetric: bool,
+    /// Their zero points.
+    pub zeros: ZeroPoints,
     /// Weights under one scale.
     pub grouping: Grouping,
     /// In which tensors.
@@ -280,20 +293,42 @@ fn weight_scheme(key: &str, map: &Map<String, Value>, storage: Storage) -> Resul
         "actorder",
         &[Value::Null, "static".into(), "weight".into(), "group".into(), "dynamic".into()],
     )?;
-    let grouping = match (text(map, "strategy"), map.get("group_size").and_then(Value::as_i64)) {
-        (Some("group"), _) | (None, Some(1..)) => Grouping::Columns(size(key, map, "group_size")?),
+    let strategy = text(map, "strategy");
+    let grouping = match (strategy, map.get("group_size").and_then(Value::as_i64)) {
+        (Some("group" | "tensor_group"), _) | (None, Some(1..)) => {
+            Grouping::Columns(size(key, map, "group_size")?)
+        }
         (Some("channel"), _) | (None, Some(-1)) => Grouping::Row,
         (Some("tensor"), _) => Grouping::Tensor,
         _ => {
             let found = map.get("strategy").map_or("nothing".into(), brief);
             return Err(Error::unsupported(
                 format!("{key}.strategy {found}"),
-                "\"group\", \"channel\" and \"tensor\" are read",
+                "\"group\", \"tensor_group\", \"channel\" and \"tensor\" are read",
             ));
         }
     };
-    let symmetric = map.get("symmetric").and_then(Value::as_bool).unwrap_or(true);
-    Ok(WeightScheme { bits: size(key, map, "num_bits")? as u32, symmetric, grouping, storage })
+    let bits = size(key, map, "num_bits")? as u32;
+    let zeros = match (map.get("symmetric").and_then(Value::as_bool), strategy, storage) {
+        (None | Some(true), _, _) => ZeroPoints::Middle,
+        // Of all strategies this is the one whose zero points the format leaves as they are, in the type it names.
+        (_, Some("tensor_group"), _) => zero_type(key, map, bits)?,
+        (_, Some("tensor"), _) | (_, _, Storage::Bytes) => ZeroPoints::Bytes,
+        _ => ZeroPoints::Packed,
+    };
+    Ok(WeightScheme { bits, zeros, grouping, storage })
+}
+
+/// The type of zero points that are not packed.
+fn zero_type(key: &str, map: &Map<String, Value>, bits: u32) -> Result<ZeroPoints> {
+    match (text(map, "zp_dtype").unwrap_or("torch.int8"), bits) {
+        ("torch.int8", _) => Ok(ZeroPoints::Bytes),
+        ("torch.float16" | "torch.bfloat16" | "torch.float32", 4) => Ok(ZeroPoints::Fractions),
+        (other, bits) => Err(Error::unsupported(
+            format!("{key}.zp_dtype {other:?} of {bits}-bit weights"),
+            "torch.int8 is read, and for 4 bits torch.float16, torch.bfloat16 and torch.float32",
+        )),
+    }
 }
 
 fn activations(key: &str, map: &Map<String, Value>) -> Result<ActivationScheme> {
@@ -345,8 +380,13 @@ mod tests {
         assert_eq!((q.weights.bits, q.weights.grouping), (4, Grouping::Columns(32)));
         assert_eq!(q.activations, Some(ActivationScheme::Group(32)));
         let down = scheme("model.layers.0.mlp.down_proj", "Linear").expect("by pattern");
-        assert!(down.weights.bits == 8 && !down.weights.symmetric && down.activations.is_none());
-        assert!(scheme("model.layers.3.mlp.down_proj", "Linear").expect("by path").weights.symmetric);
+        assert!(
+            down.weights.bits == 8 && down.weights.zeros == ZeroPoints::Packed && down.activations.is_none()
+        );
+        assert!(
+            scheme("model.layers.3.mlp.down_proj", "Linear").expect("by path").weights.zeros
+                == ZeroPoints::Middle
+        );
         assert!(scheme("model.embed_tokens", "Embedding").is_some());
         assert!(scheme("lm_head", "Linear").is_none());
         assert!(scheme("model.norm", "RMSNorm").is_none());

@@ -4,7 +4,7 @@
 //! every contradiction is reported, not only the first. After [`validate`] a size in a [`Spec`] is a size of the file.
 
 use super::checkpoint::{Checkpoint, Tensor};
-use super::quantization::{Grouping, Quantization, Scheme, Storage};
+use super::quantization::{Grouping, Quantization, Scheme, Storage, ZeroPoints};
 use super::spec::{EmbeddingSpec, LinearSpec, NormSpec, Spec};
 use crate::error::{Error, Result};
 use crate::format::Dtype;
@@ -129,14 +129,12 @@ impl Check<'_> {
             Grouping::Tensor => per_tensor,
         };
         self.tensor(&name("weight_scale"), shapes, &floats);
-        if !weights.symmetric {
-            match (weights.storage, weights.grouping) {
-                (Storage::Packed, Grouping::Columns(_) | Grouping::Row) => {
-                    let zeros = [rows.div_ceil(per_word), groups];
-                    self.tensor(&name("weight_zero_point"), &[&zeros], &ints);
-                }
-                _ => self.tensor(&name("weight_zero_point"), shapes, &[Dtype::I8]),
-            }
+        let zeros = name("weight_zero_point");
+        match weights.zeros {
+            ZeroPoints::Middle => {}
+            ZeroPoints::Packed => self.tensor(&zeros, &[&[rows.div_ceil(per_word), groups]], &ints),
+            ZeroPoints::Bytes => self.tensor(&zeros, shapes, &[Dtype::I8]),
+            ZeroPoints::Fractions => self.tensor(&zeros, shapes, &floats),
         }
         self.identity(&name("weight_g_idx"), cols, cols / groups.max(1));
     }

@@ -20,7 +20,7 @@ use half::{bf16, f16};
 
 pub(crate) use buffer::Buffer;
 pub use int::IntSource;
-pub(crate) use int::{group_header, header_bytes};
+pub(crate) use int::{MIDDLE, group_header, header_bytes};
 
 use crate::error::{Error, Result};
 

@@ -2,8 +2,8 @@
 //!
 //! The same values as [`Packed::dequantize_tile`], bit for bit, for weights-only models whose decode would otherwise spend
 //! its time there. The layout (`pack/int.rs`) has 16 rows in 16 lanes of 32 bits already, so a column is a shift, a mask, a
-//! conversion, and the weight's definition `(code - zero) * scale`; codes and zero points are small integers, of which the
-//! difference is exact in `f32` too.
+//! conversion, and the weight's definition `(code - zero) * scale`; codes are small integers and zero points at most sixteenths,
+//! of which the difference is exact in `f32` too.
 
 #![allow(clippy::inline_always)] // see `lanes`
 
@@ -74,7 +74,7 @@ unsafe fn each_step<L: CodeLanes, const N: usize>(
             let head = &tile[start..start + header];
             let scale = L::load_f16(head.as_ptr().cast::<f16>()).times(L::splat(w.scale_mul()));
             let zero = if w.asymmetric() {
-                L::load_bytes(head[header - LANES..].as_ptr())
+                L::load_bytes(head[header - LANES..].as_ptr()).times(L::splat(w.layout().zero_unit()))
             } else {
                 L::splat(if N == 8 { 8.0 } else { 128.0 })
             };

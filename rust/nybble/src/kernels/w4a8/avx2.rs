@@ -2,7 +2,7 @@
 //!
 //! The instruction multiplies unsigned by signed bytes and adds neighbours in 16 bits, saturating. A pair of products is at
 //! most `2 * 15 * 127 = 3810`, so the eight of a step (30480) are added in 16 bits without overflow, and widened to 32 bits
-//! once a step.
+//! once a step, by a `vpmaddwd` that multiplies by 16 on the way: sums are in sixteenths, as zero points are.
 //!
 //! Four rows at a time: eight 16-bit sums, four unpacked weight vectors, two constants and a broadcast fill the sixteen
 //! registers; the 32-bit sums, touched once a step, and the outputs, once a group, may live in memory.
@@ -38,7 +38,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
     // Where registers are scarce the chunks stay a loop: unrolled, the compiler reorders the additions and spills.
     let chunks = if M > 1 { opaque(4) } else { 4 };
     let nibble = _mm256_set1_epi8(15);
-    let ones = _mm256_set1_epi16(1);
+    let sixteen = _mm256_set1_epi16(16);
     let mut y = [[_mm256_setzero_ps(); 2]; M];
     let mut weights = tile.bytes.as_ptr();
     let mut codes = x.codes.as_ptr();
@@ -56,7 +56,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                         let zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()));
                         _mm256_mullo_epi32(zero, x_sum)
                     } else {
-                        _mm256_slli_epi32::<3>(x_sum)
+                        _mm256_slli_epi32::<7>(x_sum) // times MIDDLE
                     };
                     sums[half] = _mm256_sub_epi32(sums[half], offset);
                 }
@@ -83,7 +83,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                 }
                 for (sums, pairs) in sums.iter_mut().zip(&pairs) {
                     for half in 0..2 {
-                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs[half], ones));
+                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs[half], sixteen));
                     }
                 }
                 weights = weights.add(STEP);

@@ -1,14 +1,15 @@
 //! `w4a8/avx512vnni`: `vpdpbusd`, 64 products an instruction.
 //!
 //! One 512-bit vector is a whole chunk: 16 rows by four columns. The instruction takes the unsigned codes as they are and
-//! adds in 32 bits, starting from `-zero * sum(x)`. With one row two chains of sums hide its latency; with eight rows the
-//! eight chains do.
+//! adds in 32 bits. High nibbles are not shifted down: their sums come out in sixteenths, which is the unit of the zero
+//! points, so they start from `-zero * sum(x)`, and the low nibbles' sums are multiplied by 16 once a group. A row thus has
+//! two chains of sums, which with one row also hide the instruction's latency.
 
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
 use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
-use crate::pack::Layout;
+use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx512Vnni, Isa::Avx512Vnni, Layout::W4, 8, block);
 
@@ -48,29 +49,24 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             let zero = if tile.asymmetric {
                 _mm512_cvtepu8_epi32(_mm_loadu_si128(header.add(32).cast()))
             } else {
-                _mm512_set1_epi32(8)
+                _mm512_set1_epi32(MIDDLE)
             };
             let mut low = [_mm512_setzero_si512(); M];
             let mut high = [_mm512_setzero_si512(); M];
             for m in 0..M {
                 let x_sum = _mm512_set1_epi32(*x.sums.get_unchecked(m * x.groups + g));
-                low[m] = _mm512_sub_epi32(low[m], _mm512_mullo_epi32(zero, x_sum));
+                high[m] = _mm512_sub_epi32(high[m], _mm512_mullo_epi32(zero, x_sum));
             }
             for _ in 0..tile.steps_of(g) {
                 for chunk in 0..4 {
                     let w = _mm512_loadu_si512(weights.add(64 * chunk).cast());
-                    let w0 = _mm512_and_si512(w, nibble);
-                    let w1 = _mm512_and_si512(_mm512_srli_epi16::<4>(w), nibble);
+                    let (w0, w1) = (_mm512_and_si512(w, nibble), _mm512_andnot_si512(nibble, w));
                     for m in 0..M {
                         let four = codes.add(m * x.stride + 8 * chunk).cast::<i32>();
                         let x0 = _mm512_set1_epi32(four.read_unaligned());
                         let x1 = _mm512_set1_epi32(four.add(1).read_unaligned());
                         low[m] = _mm512_dpbusd_epi32(low[m], w0, x0);
-                        if M < 4 {
-                            high[m] = _mm512_dpbusd_epi32(high[m], w1, x1);
-                        } else {
-                            low[m] = _mm512_dpbusd_epi32(low[m], w1, x1);
-                        }
+                        high[m] = _mm512_dpbusd_epi32(high[m], w1, x1);
                     }
                 }
                 weights = weights.add(STEP);
@@ -78,7 +74,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             }
             let scale = _mm512_cvtph_ps(_mm256_loadu_si256(header.cast()));
             for m in 0..M {
-                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low[m], high[m]));
+                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<4>(low[m]), high[m]));
                 let x_scale = _mm512_set1_ps(*x.scales.get_unchecked(m * x.groups + g));
                 y[m] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, x_scale), y[m]);
             }

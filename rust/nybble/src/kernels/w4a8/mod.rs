@@ -1,7 +1,8 @@
 //! 4-bit weights, 8-bit activations.
 //!
 //! Per group: an exact integer dot product of unsigned codes 0..=15 with activations -127..=127, less `zero` times the
-//! activations' sum; then one fused multiply-add with the product of the two scales. See [`crate::pack`] for the tile.
+//! activations' sum, in sixteenths, which is the unit of the zero points; then one fused multiply-add with the product of
+//! the two scales. See [`crate::pack`] for the tile.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

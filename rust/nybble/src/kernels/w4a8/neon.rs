@@ -75,7 +75,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
                 for (q, lanes) in lanes.iter_mut().enumerate() {
                     *lanes = vpaddq_s32(sums[m][2 * q], sums[m][2 * q + 1]);
                 }
-                finish_group(&mut y[m], lanes, header, tile.asymmetric, 0, 8, scale, sum);
+                finish_group::<4>(&mut y[m], lanes, header, tile.asymmetric, 0, scale, sum);
             }
         }
     }

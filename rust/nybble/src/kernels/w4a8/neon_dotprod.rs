@@ -63,7 +63,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             for m in 0..M {
                 let at = m * x.groups + g;
                 let (scale, sum) = (*x.scales.get_unchecked(at), *x.sums.get_unchecked(at));
-                finish_group(&mut y[m], sums[m], header, tile.asymmetric, 0, 8, scale, sum);
+                finish_group::<4>(&mut y[m], sums[m], header, tile.asymmetric, 0, scale, sum);
             }
         }
     }

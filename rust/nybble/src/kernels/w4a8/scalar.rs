@@ -31,7 +31,7 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, y: &mut Outputs) {
     let group_bytes = tile.header() + tile.group_steps * STEP;
     let groups = tile.bytes.chunks(group_bytes).zip(x.codes.chunks(tile.group_steps * TILE_K));
     for ((bytes, x_codes), (x_scale, x_sum)) in groups.zip(x.scales.iter().zip(x.sums)) {
-        let (scales, zeros) = group_header(bytes, tile.asymmetric, 8);
+        let (scales, zeros) = group_header(bytes, tile.asymmetric);
         let mut sums = [0i32; TILE_ROWS];
         for (chunk, x) in bytes[tile.header()..].chunks_exact(64).zip(x_codes.chunks_exact(8)) {
             let x: [i32; 8] = std::array::from_fn(|i| i32::from(x[i]));
@@ -42,7 +42,7 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, y: &mut Outputs) {
             }
         }
         for r in 0..TILE_ROWS {
-            let sum = sums[r] - zeros[r] * x_sum;
+            let sum = 16 * sums[r] - zeros[r] * x_sum; // in sixteenths, as the zero points
             y[r] = f32::mul_add(sum as f32, scales[r] * x_scale, y[r]);
         }
     }

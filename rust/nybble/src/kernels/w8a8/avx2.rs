@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
 use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
-use crate::pack::Layout;
+use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W8, 4, block);
 
@@ -71,7 +71,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                     let mut sum = sums[m][half];
                     if ASYMMETRIC {
                         let zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()));
-                        let zero = _mm256_sub_epi32(zero, _mm256_set1_epi32(128));
+                        let zero = _mm256_sub_epi32(zero, _mm256_set1_epi32(MIDDLE));
                         let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(at));
                         sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zero, x_sum));
                     }

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
 use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
-use crate::pack::Layout;
+use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx512Vnni, Isa::Avx512Vnni, Layout::W8, 8, block);
 
@@ -47,7 +47,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             let zero = if tile.asymmetric {
                 _mm512_cvtepu8_epi32(_mm_loadu_si128(header.add(32).cast()))
             } else {
-                _mm512_set1_epi32(128)
+                _mm512_set1_epi32(MIDDLE)
             };
             let mut even = [_mm512_setzero_si512(); M];
             let mut odd = [_mm512_setzero_si512(); M];

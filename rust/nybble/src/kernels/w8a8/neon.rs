@@ -67,7 +67,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
                 for (q, lanes) in lanes.iter_mut().enumerate() {
                     *lanes = vpaddq_s32(sums[m][2 * q], sums[m][2 * q + 1]);
                 }
-                finish_group(&mut y[m], lanes, header, tile.asymmetric, 128, 128, scale, sum);
+                finish_group::<0>(&mut y[m], lanes, header, tile.asymmetric, 128, scale, sum);
             }
         }
     }

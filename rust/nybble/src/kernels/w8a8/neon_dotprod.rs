@@ -61,7 +61,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             for m in 0..M {
                 let at = m * x.groups + g;
                 let (scale, sum) = (*x.scales.get_unchecked(at), *x.sums.get_unchecked(at));
-                finish_group(&mut y[m], sums[m], header, tile.asymmetric, 128, 128, scale, sum);
+                finish_group::<0>(&mut y[m], sums[m], header, tile.asymmetric, 128, scale, sum);
             }
         }
     }
