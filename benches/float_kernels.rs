@@ -111,7 +111,7 @@ fn bench_attention(c: &mut Criterion) {
         let mut out = vec![0.0; q.len()];
         let pairs: usize = (len - n..len).map(|i| i + 1).sum();
         group.throughput(Throughput::Elements((2 * pairs * heads * head_dim) as u64));
-        for kind in [KvType::F32, KvType::F16] {
+        for kind in [KvType::F32, KvType::F16, KvType::Int8] {
             let mut cache = KvCache::new(kv_heads, head_dim, kind);
             cache.append(&pool, &kv, &kv, len, kv_heads * head_dim).expect("memory");
             let mut scratch = Scratch::new();
@@ -143,7 +143,7 @@ fn bench_append(c: &mut Criterion) {
     let mut group = group(c, "append");
     let kv = noise(512 * 192);
     group.throughput(Throughput::Elements(2 * 512 * 192));
-    for kind in [KvType::F32, KvType::F16] {
+    for kind in [KvType::F32, KvType::F16, KvType::Int8] {
         let mut cache = KvCache::new(3, 64, kind);
         group.bench_function(kind.name(), |b| {
             b.iter(|| {

@@ -367,7 +367,9 @@ def load(
     context
         Most tokens of a text, if fewer than the model was made for.
     kv
-        How keys and values are kept: ``"f16"`` or ``"f32"``.
+        How keys and values are kept: ``"f16"`` or ``"f32"``, or ``"int8"`` with a scale for each
+        position and head, which halves ``"f16"``'s memory again. By default ``"f16"`` for quantized
+        models, else ``"f32"``.
     mmap
         Whether the weights are mapped (their memory is shared and given back) or read.
 

@@ -31,7 +31,7 @@ impl Model {
         kv: Option<&str>,
         mmap: bool,
     ) -> PyResult<Self> {
-        let kv = run(py, || kv.map(kv_type).transpose())?;
+        let kv = run(py, || kv.map(KvType::parse).transpose())?;
         let options = LoadOptions { threads, access: access(mmap), kv, context };
         let core = run_in_background(py, move || nybble::model::Model::open(path, &options))?;
         Ok(Self { core: Arc::new(core) })
@@ -51,14 +51,6 @@ impl Model {
 
 pub(crate) fn access(mmap: bool) -> Access {
     if mmap { Access::Map } else { Access::Read }
-}
-
-fn kv_type(name: &str) -> Result<KvType> {
-    match name {
-        "f32" => Ok(KvType::F32),
-        "f16" => Ok(KvType::F16),
-        _ => Err(Error::argument("kv", "f32 or f16", name)),
-    }
 }
 
 pub(crate) fn to_json(value: &impl serde::Serialize) -> Result<String> {

@@ -264,9 +264,16 @@ impl Case {
 
     /// The definition, in double precision, for one query.
     fn exact(&self, i: usize) -> Vec<f64> {
-        let stored = |x: f32| match self.kind {
-            KvType::F32 => f64::from(x),
-            KvType::F16 => f64::from(f16::from_f32(x).to_f32()),
+        // What the cache holds of one position's key or value in a head.
+        let stored = |row: &[f32]| -> Vec<f64> {
+            let top = row.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
+            let scale = top / 127.0;
+            let held = |&x: &f32| match self.kind {
+                KvType::F32 => f64::from(x),
+                KvType::F16 => f64::from(f16::from_f32(x).to_f32()),
+                KvType::Int8 => f64::from((x * (1.0 / scale)).round_ties_even() * scale),
+            };
+            row.iter().map(held).collect()
         };
         let mut out = Vec::new();
         for h in 0..self.heads {
@@ -278,7 +285,7 @@ impl Case {
             let scores: Vec<f64> = (from..=i)
                 .map(|j| {
                     let dot: f64 =
-                        q.iter().zip(&self.k[row(j)]).map(|(&q, &k)| f64::from(q) * stored(k)).sum();
+                        q.iter().zip(stored(&self.k[row(j)])).map(|(&q, k)| f64::from(q) * k).sum();
                     let score = dot * f64::from(self.shape().scale);
                     let score =
                         self.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
@@ -287,9 +294,9 @@ impl Case {
                 .collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let values: Vec<Vec<f64>> = (from..=i).map(|j| stored(&self.v[row(j)])).collect();
             for d in 0..self.dim {
-                let values = (from..=i).map(|j| stored(self.v[row(j).start + d]));
-                out.push(scores.iter().zip(values).map(|(s, v)| (s - max).exp() / sum * v).sum());
+                out.push(scores.iter().zip(&values).map(|(s, v)| (s - max).exp() / sum * v[d]).sum());
             }
         }
         out
@@ -301,7 +308,7 @@ fn cases() -> Vec<Case> {
     let mut list = Vec::new();
     for (i, &dim) in [8, 16, 64, 80, 128, 256].iter().enumerate() {
         for (j, &(heads, kv_heads)) in [(1, 1), (9, 3), (4, 1), (2, 2)].iter().enumerate() {
-            let kind = if (i + j) % 2 == 0 { KvType::F32 } else { KvType::F16 };
+            let kind = [KvType::F32, KvType::F16, KvType::Int8][(i + j) % 3];
             list.push(Case::new(heads, kv_heads, dim, kind, [1, 63, 65, 130][(i + j) % 4]));
         }
     }
@@ -352,6 +359,8 @@ fn check_chunks(isa: Isa) {
     for case in [
         Case::new(9, 3, 64, KvType::F32, 200),
         Case::new(9, 3, 64, KvType::F16, 200),
+        Case::new(9, 3, 64, KvType::Int8, 200),
+        Case { window: Some(50), softcap: Some(9.0), ..Case::new(6, 2, 24, KvType::Int8, 200) },
         Case { window: Some(50), ..Case::new(9, 3, 16, KvType::F32, 200) },
         Case { alibi: slopes, softcap: Some(9.0), ..Case::new(9, 1, 8, KvType::F16, 200) },
     ] {
@@ -368,7 +377,7 @@ fn check_chunks(isa: Isa) {
 fn check_non_finite(isa: Isa) {
     let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
     for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-42] {
-        for kind in [KvType::F32, KvType::F16] {
+        for kind in [KvType::F32, KvType::F16, KvType::Int8] {
             let clean = Case::new(4, 2, 16, kind, 100);
             let expected = clean.run(kernel, 2, &[100]);
             let mut case = clean;

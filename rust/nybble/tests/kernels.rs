@@ -366,8 +366,10 @@ tiers! {
     Scalar: w4a8_scalar w4a8_scalar_threads w8a8_scalar w8a8_scalar_threads quantize_scalar;
     Avx2: w4a8_avx2 w4a8_avx2_threads w8a8_avx2 w8a8_avx2_threads quantize_avx2;
     Avx512Vnni: w4a8_avx512vnni w4a8_avx512vnni_threads w8a8_avx512vnni w8a8_avx512vnni_threads quantize_avx512vnni;
+    AvxVnni: w4a8_avxvnni w4a8_avxvnni_threads w8a8_avxvnni w8a8_avxvnni_threads;
     Neon: w4a8_neon w4a8_neon_threads w8a8_neon w8a8_neon_threads;
     NeonDotprod: w4a8_neon_dotprod w4a8_neon_dotprod_threads w8a8_neon_dotprod w8a8_neon_dotprod_threads;
+    NeonI8mm: w4a8_neon_i8mm w4a8_neon_i8mm_threads w8a8_neon_i8mm w8a8_neon_i8mm_threads;
 }
 
 #[test]

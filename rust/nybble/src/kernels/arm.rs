@@ -20,6 +20,32 @@ pub(crate) fn sdot_lane<const LANE: usize>(mut sum: int32x4_t, w: int8x16_t, x: 
     sum
 }
 
+/// Adds to `sum`, a 2 x 2 block, the products of the two rows of eight bytes in `w` with the two in `x`.
+///
+/// Lane `2 i + j` gets row `i` of `w` times row `j` of `x`.
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+pub(crate) fn smmla(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: reads and writes the named registers only; the instruction is part of the enabled features.
+    unsafe {
+        asm!(
+            "smmla {sum:v}.4s, {w:v}.16b, {x:v}.16b",
+            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// The blocks of 16 rows and two tokens, apart: for each token the sums of the rows in order.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn pair_rows(blocks: &[int32x4_t; 8]) -> [[int32x4_t; 4]; 2] {
+    let first = std::array::from_fn(|q| vuzp1q_s32(blocks[2 * q], blocks[2 * q + 1]));
+    let second = std::array::from_fn(|q| vuzp2q_s32(blocks[2 * q], blocks[2 * q + 1]));
+    [first, second]
+}
+
 /// Four half-precision numbers, as bits, to single precision.
 #[inline]
 #[target_feature(enable = "neon")]

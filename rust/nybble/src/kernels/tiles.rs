@@ -39,6 +39,19 @@ pub(crate) struct Rows<'a> {
     pub(crate) groups: usize,
 }
 
+#[cfg(target_arch = "aarch64")]
+impl Rows<'_> {
+    /// `count` rows from row `first` on.
+    pub(crate) fn part(&self, first: usize, count: usize) -> Rows<'_> {
+        Rows {
+            codes: &self.codes[first * self.stride..][..count * self.stride],
+            scales: &self.scales[first * self.groups..][..count * self.groups],
+            sums: &self.sums[first * self.groups..][..count * self.groups],
+            ..*self
+        }
+    }
+}
+
 impl Tile<'_> {
     /// Bytes before each group's steps: 16 scales as f16, then 16 zero points if there are any.
     pub(crate) fn header(&self) -> usize {

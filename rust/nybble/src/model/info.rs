@@ -27,7 +27,7 @@ pub struct Info {
     pub parameters: u64,
     /// Bytes of packed weights by layout (`w4`, `w8`, `f32`, `f16`, `bf16`).
     pub weight_bytes: BTreeMap<String, u64>,
-    /// Type of cached keys and values, `f32` or `f16`.
+    /// Type of cached keys and values: `f32`, `f16` or `int8`.
     pub kv_type: String,
     /// Bytes that one token's keys and values take.
     pub kv_bytes_per_token: usize,
@@ -43,6 +43,7 @@ pub(super) fn info(model: &Model) -> Info {
         *weight_bytes.entry(matrix.layout().name().to_owned()).or_default() += matrix.bytes() as u64;
     }
     let kv_width: usize = model.spec.layers.iter().map(|layer| 2 * layer.attention.kv_width()).sum();
+    let kv_heads: usize = model.spec.layers.iter().map(|layer| layer.attention.kv_heads).sum();
     let first = model.spec.layers.first().map(|layer| &layer.attention);
     Info {
         family: model.spec.family.into(),
@@ -55,7 +56,7 @@ pub(super) fn info(model: &Model) -> Info {
         parameters: model.spec.parameters(),
         weight_bytes,
         kv_type: model.kv.name().into(),
-        kv_bytes_per_token: kv_width * model.kv.bytes(),
+        kv_bytes_per_token: kv_width * model.kv.bytes() + kv_heads * model.kv.scale_bytes(),
         kernels: model.kernels.names(),
         threads: model.pool.threads(),
     }

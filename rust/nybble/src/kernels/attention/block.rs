@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
-use super::softmax::{Cap, Running, Scale, Scores, Slope, Weigh};
+use super::softmax::{Cap, Running, Scale, Scores, Slope, Times, Weigh};
 use super::{Attention, Call, KEYS, KvType, Memory, TASK_ROWS, Task};
 use crate::cpu::Isa;
 
@@ -26,6 +26,7 @@ impl<T: Tier> Attention for T {
             match call.cache.kind() {
                 KvType::F32 => run::<T, f32>(*self, call, &task, memory),
                 KvType::F16 => run::<T, f16>(*self, call, &task, memory),
+                KvType::Int8 => run::<T, i8>(*self, call, &task, memory),
             }
         }
     }
@@ -58,6 +59,7 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
         call,
         keys: call.cache.keys::<E>(task.kv_head),
         values: call.cache.values::<E>(task.kv_head),
+        scales: call.cache.scales(task.kv_head),
         dim,
         padded,
     };
@@ -106,6 +108,8 @@ struct Job<'a, T, E> {
     call: &'a Call<'a>,
     keys: &'a [E],
     values: &'a [E],
+    /// Of the keys and of the values, if they are codes.
+    scales: Option<(&'a [f32], &'a [f32])>,
     dim: usize,
     padded: usize,
 }
@@ -142,6 +146,9 @@ impl<T: Tier, E: Element> Job<'_, T, E> {
                 continue;
             }
             let scores = &mut scores[i];
+            if let Some((keys, _)) = self.scales {
+                self.tier.run(Times(&mut scores[from..to], &keys[start + from..start + to]));
+            }
             if let Some(cap) = self.call.shape.softcap {
                 self.tier.run(Cap(scores, cap));
             }
@@ -156,6 +163,11 @@ impl<T: Tier, E: Element> Job<'_, T, E> {
             // Exactly 1 as long as the largest score stays: then there is nothing to do.
             if seen[i].0 < seen[i].1 && running.fade.to_bits() != 1.0f32.to_bits() {
                 self.tier.run(Scale(&mut sums[i * self.padded..][..self.padded], running.fade));
+            }
+        }
+        if let Some((_, values)) = self.scales {
+            for (scores, &(from, to)) in scores.iter_mut().zip(seen) {
+                self.tier.run(Times(&mut scores[from..to], &values[start + from..start + to]));
             }
         }
         // Rows that see the same keys share the loads of the values; at the diagonal and at a window's edge each row has

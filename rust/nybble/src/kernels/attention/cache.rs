@@ -5,6 +5,9 @@
 //! - keys as `[kv head][position / 16][dimension][16 positions]`: a query meets 16 keys at once, one dimension a step;
 //! - values as `[kv head][position][dimensions padded to 16]`: 16 dimensions of an output at once, one position a step.
 //!
+//! With [`KvType::Int8`] a key or value of one head and position is 8-bit codes and one scale, `max / 127`. The scale of a key
+//! multiplies the score it gave, that of a value the weight it gets, so the products run over plain codes.
+//!
 //! A new token's key is scattered over lines that the same token's attention then reads anyway.
 //!
 //! The memory doubles as the sequence grows, up to a limit. Memory that cannot be had is an error, and the cache then holds
@@ -34,6 +37,8 @@ pub enum KvType {
     F32,
     /// 16 bits an element: half the memory and traffic. Finite values beyond its range become its largest.
     F16,
+    /// 8 bits an element and a scale for each position's key and value in a head: a quarter.
+    Int8,
 }
 
 impl KvType {
@@ -42,7 +47,15 @@ impl KvType {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::Int8 => "int8",
         }
+    }
+
+    /// The type of that name.
+    pub fn parse(name: &str) -> Result<Self> {
+        let all = [Self::F32, Self::F16, Self::Int8];
+        let found = all.into_iter().find(|kind| kind.name() == name);
+        found.ok_or_else(|| Error::argument("kv", all.map(Self::name).join(", "), format!("{name:?}")))
     }
 
     /// Bytes of an element.
@@ -50,6 +63,15 @@ impl KvType {
         match self {
             Self::F32 => 4,
             Self::F16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Bytes of the scales of a position's key and value in one head.
+    pub const fn scale_bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 => 0,
+            Self::Int8 => 2 * size_of::<f32>(),
         }
     }
 }
@@ -101,6 +123,9 @@ pub struct KvCache {
     limit: usize,
     keys: Lines,
     values: Lines,
+    /// `[kv head][position]`; empty unless the elements are codes.
+    key_scales: Lines,
+    value_scales: Lines,
 }
 
 impl std::fmt::Debug for KvCache {
@@ -127,6 +152,8 @@ impl KvCache {
             limit: usize::MAX,
             keys: Lines::default(),
             values: Lines::default(),
+            key_scales: Lines::default(),
+            value_scales: Lines::default(),
         }
     }
 
@@ -154,7 +181,7 @@ impl KvCache {
 
     /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
-        self.keys.bytes() + self.values.bytes()
+        self.keys.bytes() + self.values.bytes() + self.key_scales.bytes() + self.value_scales.bytes()
     }
 
     /// Number type of the elements.
@@ -196,6 +223,9 @@ impl KvCache {
         };
         let mut keys = Lines::new("KV cache", elements(self.head_dim)?, self.kind.bytes())?;
         let mut values = Lines::new("KV cache", elements(self.padded_dim())?, self.kind.bytes())?;
+        let scales = if self.kind.scale_bytes() > 0 { elements(1)? } else { 0 };
+        let mut key_scales = Lines::new("KV cache", scales, size_of::<f32>())?;
+        let mut value_scales = Lines::new("KV cache", scales, size_of::<f32>())?;
         if self.capacity > 0 {
             let key_run = self.len.next_multiple_of(LANES) * self.head_dim;
             let value_run = self.len * self.padded_dim();
@@ -209,9 +239,16 @@ impl KvCache {
                     respace::<f16>(&self.keys, &mut keys, self.head_dim, factor, key_run);
                     respace::<f16>(&self.values, &mut values, self.padded_dim(), factor, value_run);
                 }
+                KvType::Int8 => {
+                    respace::<i8>(&self.keys, &mut keys, self.head_dim, factor, key_run);
+                    respace::<i8>(&self.values, &mut values, self.padded_dim(), factor, value_run);
+                    respace::<f32>(&self.key_scales, &mut key_scales, 1, factor, self.len);
+                    respace::<f32>(&self.value_scales, &mut value_scales, 1, factor, self.len);
+                }
             }
         }
         (self.keys, self.values, self.capacity) = (keys, values, capacity);
+        (self.key_scales, self.value_scales) = (key_scales, value_scales);
         Ok(())
     }
 
@@ -233,15 +270,32 @@ impl KvCache {
         self.reserve(end)?;
         if width > 0 {
             match self.kind {
-                KvType::F32 => self.write::<f32>(pool, k, v, n, stride, |x| x),
-                KvType::F16 => self.write::<f16>(pool, k, v, n, stride, narrow),
+                KvType::F32 => self.write::<f32>(pool, k, v, n, stride, |x, _| x),
+                KvType::F16 => self.write::<f16>(pool, k, v, n, stride, |x, _| narrow(x)),
+                KvType::Int8 => {
+                    self.write_scales(k, v, n, stride);
+                    self.write::<i8>(pool, k, v, n, stride, code);
+                }
             }
         }
         self.len = end;
         Ok(())
     }
 
-    /// Stores `n` positions after the last one; there is room for them.
+    /// Stores the scales of `n` positions after the last one.
+    fn write_scales(&mut self, k: &[f32], v: &[f32], n: usize, stride: usize) {
+        for (source, scales) in [(k, &mut self.key_scales), (v, &mut self.value_scales)] {
+            let scales = scales.elements_mut::<f32>();
+            for i in 0..n {
+                for head in 0..self.kv_heads {
+                    let row = &source[i * stride + head * self.head_dim..][..self.head_dim];
+                    scales[head * self.capacity + self.len + i] = scale(row);
+                }
+            }
+        }
+    }
+
+    /// Stores `n` positions after the last one; there is room for them. `convert` gets an element and its row's scale.
     fn write<E: Element>(
         &mut self,
         pool: &Pool,
@@ -249,20 +303,26 @@ impl KvCache {
         v: &[f32],
         n: usize,
         stride: usize,
-        convert: impl Fn(f32) -> E + Sync,
+        convert: impl Fn(f32, f32) -> E + Sync,
     ) {
         let (dim, padded, len) = (self.head_dim, self.padded_dim(), self.len);
         let written = n * dim * self.kv_heads;
+        let capacity = self.capacity;
+        let (key_scales, value_scales) = (self.key_scales.elements(), self.value_scales.elements());
+        let inverse = |scales: &[f32], head: usize, position: usize| {
+            scales.get(head * capacity + position).map_or(1.0, |scale| 1.0 / scale)
+        };
         let key_head = |head: usize, keys: &mut [E]| {
             for i in 0..n {
                 let source = &k[i * stride + head * dim..][..dim];
                 let position = len + i;
+                let inverse = inverse(key_scales, head, position);
                 let block = &mut keys[position / LANES * LANES * dim..][..LANES * dim];
                 // Converted before they are scattered: only the former can be vector code.
-                let mut part = [convert(0.0); RUN];
+                let mut part = [convert(0.0, 0.0); RUN];
                 for (source, block) in source.chunks(RUN).zip(block.chunks_mut(RUN * LANES)) {
                     for (part, &x) in part.iter_mut().zip(source) {
-                        *part = convert(x);
+                        *part = convert(x, inverse);
                     }
                     for (lanes, &x) in block.chunks_exact_mut(LANES).zip(&part) {
                         lanes[position % LANES] = x;
@@ -273,8 +333,9 @@ impl KvCache {
         let value_head = |head: usize, values: &mut [E]| {
             for i in 0..n {
                 let source = &v[i * stride + head * dim..][..dim];
+                let inverse = inverse(value_scales, head, len + i);
                 for (value, &x) in values[(len + i) * padded..].iter_mut().zip(source) {
-                    *value = convert(x);
+                    *value = convert(x, inverse);
                 }
             }
         };
@@ -293,11 +354,41 @@ impl KvCache {
         &self.keys.elements()[head * size..][..size]
     }
 
+    /// The scales of one head's keys and of its values, by position; none unless the elements are codes.
+    pub(super) fn scales(&self, head: usize) -> Option<(&[f32], &[f32])> {
+        let of = |scales: &'_ Lines| {
+            (scales.bytes() > 0).then_some(head * self.capacity..(head + 1) * self.capacity)
+        };
+        let (keys, values) = (of(&self.key_scales)?, of(&self.value_scales)?);
+        Some((&self.key_scales.elements()[keys], &self.value_scales.elements()[values]))
+    }
+
     /// The values of one head.
     pub(super) fn values<E: Element>(&self, head: usize) -> &[E] {
         let size = self.capacity * self.padded_dim();
         &self.values.elements()[head * size..][..size]
     }
+}
+
+/// The scale of one position's key or value in a head: `max / 127`; 0 where all are too small to have one, NaN where one is
+/// not finite, so that the output shows it.
+fn scale(row: &[f32]) -> f32 {
+    // Non-negative floats compare as their bits do, and NaN and infinity compare above all numbers.
+    let top = f32::from_bits(row.iter().fold(0, |top, x| top.max(x.to_bits() & 0x7fff_ffff)));
+    if !top.is_finite() {
+        f32::NAN
+    } else if top < 127.0 * f32::MIN_POSITIVE {
+        0.0
+    } else {
+        top / 127.0
+    }
+}
+
+/// The nearest code, ties to even. Adding 1.5 * 2^23 leaves it in the low bits; of a row without a scale the codes do not
+/// matter, for they are multiplied by 0 or NaN.
+#[inline(always)]
+fn code(x: f32, inverse: f32) -> i8 {
+    (x * inverse + 12_582_912.0).to_bits() as i8
 }
 
 /// Calls `job` with every head's part of `data`, each of `size` elements, on several threads when there is much to write.
@@ -364,6 +455,11 @@ mod tests {
         match cache.kind {
             KvType::F32 => (cache.keys::<f32>(head)[key], cache.values::<f32>(head)[value]),
             KvType::F16 => (cache.keys::<f16>(head)[key].to_f32(), cache.values::<f16>(head)[value].to_f32()),
+            KvType::Int8 => {
+                let (keys, values) = cache.scales(head).expect("codes have scales");
+                let codes = (cache.keys::<i8>(head)[key], cache.values::<i8>(head)[value]);
+                (f32::from(codes.0) * keys[position], f32::from(codes.1) * values[position])
+            }
         }
     }
 
@@ -371,13 +467,17 @@ mod tests {
     fn positions_survive_growth_and_truncation() {
         for threads in [1, 3] {
             let pool = Pool::new(threads).expect("a pool");
-            for kind in [KvType::F32, KvType::F16] {
+            for kind in [KvType::F32, KvType::F16, KvType::Int8] {
                 for (heads, dim) in [(1, 16), (3, 8), (2, 80)] {
                     let mut cache = KvCache::new(heads, dim, kind);
                     assert_eq!((cache.len(), cache.bytes(), cache.is_empty()), (0, 0, true));
                     let stride = 2 * heads * dim;
-                    // Integers up to 2048 are exact in both types.
+                    // Integers up to 2048 are exact in both float types, codes half a step of 2048 / 127 off.
                     let value = |i: usize, at: usize| ((i * 31 + at * 7) % 2048) as f32;
+                    let slack = if kind == KvType::Int8 { 1024.5 / 127.0 } else { 0.0 };
+                    let near = |(a, b): (f32, f32), (c, d): (f32, f32)| {
+                        (a - c).abs() <= slack && (b - d).abs() <= slack
+                    };
                     let mut at = 0;
                     for n in [1, 0, 15, 2, 200, 1] {
                         let rows: Vec<f32> =
@@ -393,7 +493,8 @@ mod tests {
                             for h in 0..heads {
                                 for d in 0..dim {
                                     let expected = (value(i, h * dim + d), value(i, (heads + h) * dim + d));
-                                    assert_eq!(element(cache, h, i, d), expected, "{i} {h} {d}");
+                                    let found = element(cache, h, i, d);
+                                    assert!(near(found, expected), "{i} {h} {d}: {found:?}, {expected:?}");
                                 }
                             }
                         }
@@ -406,11 +507,34 @@ mod tests {
                     assert_eq!((cache.len(), element(&cache, 0, 100, 0)), (101, (0.0, 0.0)));
                     assert_eq!(
                         cache.bytes(),
-                        cache.capacity() * heads * (dim + cache.padded_dim()) * kind.bytes()
+                        cache.capacity()
+                            * heads
+                            * ((dim + cache.padded_dim()) * kind.bytes() + kind.scale_bytes())
                     );
                 }
             }
         }
+    }
+
+    #[test]
+    fn scales_of_rows_without_one() {
+        let pool = Pool::new(1).expect("a pool");
+        let mut cache = KvCache::new(1, 4, KvType::Int8);
+        let rows =
+            [[0.0; 4], [1e-39, 0.0, 0.0, 0.0], [1.0, f32::NAN, 0.0, 0.0], [f32::INFINITY, 1.0, 0.0, 0.0]];
+        for row in rows {
+            cache.append(&pool, &row, &row, 1, 4).expect("room");
+        }
+        for d in 0..4 {
+            assert_eq!(element(&cache, 0, 0, d), (0.0, 0.0));
+            assert_eq!(element(&cache, 0, 1, d), (0.0, 0.0));
+            assert!(element(&cache, 0, 2, d).0.is_nan() && element(&cache, 0, 3, d).1.is_nan());
+        }
+        // The largest magnitude is exact, of either sign.
+        let row = [-2.54, 1.27, 0.01, 2.54];
+        cache.append(&pool, &row, &row, 1, 4).expect("room");
+        let codes: Vec<i8> = (0..4).map(|d| cache.values::<i8>(0)[4 * 16 + d]).collect();
+        assert_eq!(codes, [-127, 64, 0, 127]); // 63.5 and 0.5 are ties
     }
 
     #[test]

@@ -72,6 +72,22 @@ impl Work for Scale<'_> {
     }
 }
 
+/// `x *= factors`, each its own.
+pub(super) struct Times<'a>(pub(super) &'a mut [f32], pub(super) &'a [f32]);
+
+impl Work for Times<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self(x, factors) = self;
+        let factors = &factors[..x.len()];
+        for i in 0..x.len() {
+            x[i] *= factors[i];
+        }
+    }
+}
+
 /// Replaces each row's scores by weights `exp(score - max)`, where `max` is the largest score so far, and brings the rows'
 /// sums up to date. Rows that see no key of the block are left alone.
 ///

@@ -48,6 +48,12 @@ impl Lanes for One {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: the caller has AVX-512; 16 bytes are readable there.
+        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller has AVX-512; 16 floats are writable there.
         unsafe { _mm512_storeu_ps(to, self.0) }

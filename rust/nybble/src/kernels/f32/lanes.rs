@@ -39,6 +39,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_f16(from: *const f16) -> Self;
     /// Reads 16 brain floats; the fast way may take a register more if there is one to `spare`.
     unsafe fn load_bf16(from: *const bf16, spare: bool) -> Self;
+    /// Reads 16 signed bytes as numbers.
+    unsafe fn load_i8(from: *const i8) -> Self;
     /// Writes 16 floats.
     unsafe fn store(self, to: *mut f32);
     /// `self + x * w`, rounded once.
@@ -79,6 +81,14 @@ impl Element for bf16 {
     unsafe fn lanes<L: Lanes>(from: *const Self, spare: bool) -> L {
         // SAFETY: promised by the caller.
         unsafe { L::load_bf16(from, spare) }
+    }
+}
+
+impl Element for i8 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const Self, _spare: bool) -> L {
+        // SAFETY: promised by the caller.
+        unsafe { L::load_i8(from) }
     }
 }
 

@@ -46,6 +46,12 @@ impl Lanes for Array {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: 16 bytes are readable there.
+        Self(unsafe { from.cast::<[i8; LANES]>().read() }.map(f32::from))
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: 16 floats are writable there.
         unsafe { to.cast::<[f32; LANES]>().write(self.0) }

@@ -3,6 +3,9 @@
 //! Each vector of eight bytes is two rows by four columns, multiplied by four activations repeated twice, and added in 16
 //! bits. A product is at most `15 * 127 = 1905`, and a lane gets eight of them a step (15240); at its end `sadalp` adds
 //! neighbours into 32 bits. The two 32-bit lanes a row are added once a group.
+//!
+//! Instructions a product: 0.25 with one token (a step of 512 products is 16 loads, 32 operations to unpack, 64 `smlal`, 8
+//! broadcasts, 8 `sadalp`), 0.20 with two.
 
 use std::arch::aarch64::*;
 

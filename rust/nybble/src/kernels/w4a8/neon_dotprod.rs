@@ -2,6 +2,9 @@
 //!
 //! A chunk is four vectors of four rows by four columns; `sdot` multiplies them by four activations picked from a register
 //! that holds sixteen, so nothing is broadcast. Codes of 0..=15 are signed bytes as well as unsigned ones.
+//!
+//! Instructions a product: 0.16 with one token (half a step, 256 products, is 9 loads, 16 operations to unpack, 16 `sdot`),
+//! 0.09 with four.
 
 use std::arch::aarch64::*;
 
@@ -25,7 +28,7 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
 }
 
 #[target_feature(enable = "neon,dotprod")]
-fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+pub(super) fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
     assert!(out.len() == M);
     tile.check(x, M, STEP);
     let nibble = vdupq_n_u8(15);

@@ -7,10 +7,14 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dotprod;
+#[cfg(target_arch = "aarch64")]
+mod neon_i8mm;
 mod scalar;
 
 use super::IntMatmul;
@@ -22,11 +26,15 @@ pub fn kernels() -> Vec<&'static dyn IntMatmul> {
         #[cfg(target_arch = "x86_64")]
         avx2::kernel(),
         #[cfg(target_arch = "x86_64")]
+        avxvnni::kernel(),
+        #[cfg(target_arch = "x86_64")]
         avx512vnni::kernel(),
         #[cfg(target_arch = "aarch64")]
         neon::kernel(),
         #[cfg(target_arch = "aarch64")]
         neon_dotprod::kernel(),
+        #[cfg(target_arch = "aarch64")]
+        neon_i8mm::kernel(),
     ];
     all.iter().copied().flatten().collect()
 }

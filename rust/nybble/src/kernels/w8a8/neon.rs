@@ -2,6 +2,9 @@
 //!
 //! As `w4a8/neon`, but a product is up to `128 * 127 = 16256`: two of them fit into 16 bits (32512), a third does not. So
 //! two chunks are multiplied and then added into 32 bits.
+//!
+//! Instructions a product: 0.27 with one token (two chunks, 128 products, are 8 loads, 2 broadcasts, 16 multiplications, 8
+//! `sadalp`), 0.23 with two.
 
 use std::arch::aarch64::*;
 

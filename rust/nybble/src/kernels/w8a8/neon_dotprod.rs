@@ -2,6 +2,8 @@
 //!
 //! A chunk is four vectors of four rows by four columns; `sdot` multiplies them by four activations picked from a register
 //! that holds sixteen, so nothing is broadcast.
+//!
+//! Instructions a product: 0.13 with one token (half a step, 256 products, is 17 loads and 16 `sdot`), 0.08 with four.
 
 use std::arch::aarch64::*;
 
@@ -25,7 +27,7 @@ fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
 }
 
 #[target_feature(enable = "neon,dotprod")]
-fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+pub(super) fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
     assert!(out.len() == M);
     tile.check(x, M, STEP);
     let mut y = [[vdupq_n_f32(0.0); 4]; M];

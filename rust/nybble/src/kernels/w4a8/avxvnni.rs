@@ -1,0 +1,96 @@
+//! `w4a8/avxvnni`: the VEX form of `vpdpbusd`, 32 products an instruction, for CPUs with VNNI but without AVX-512.
+//!
+//! A chunk is two vectors of eight rows by four columns. Both nibbles are brought to the upper half of their byte (one shift
+//! and one AND, or one AND), so that all sums are in sixteenths, as zero points are, in one chain a vector. Per chunk and row
+//! that is 4 dot products and 2 broadcasts for 128 products, per chunk alone 2 loads and 6 operations to unpack.
+//!
+//! Four rows fill the sixteen registers: 8 sums, 4 unpacked vectors, the mask, the broadcast.
+
+use std::arch::x86_64::*;
+
+use crate::cpu::Isa;
+use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
+use crate::pack::{Layout, MIDDLE};
+
+int_matmul_kernel!(AvxVnni, Isa::AvxVnni, Layout::W4, 4, block);
+
+const STEP: usize = Layout::W4.step_bytes();
+
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+    match out.len() {
+        1 => rows::<1>(tile, x, out),
+        2 => rows::<2>(tile, x, out),
+        3 => rows::<3>(tile, x, out),
+        _ => rows::<4>(tile, x, out),
+    }
+}
+
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+    assert!(out.len() == M);
+    tile.check(x, M, STEP);
+    if M > 1 {
+        opaque(0); // aligns the stack
+    }
+    let upper = _mm256_set1_epi8(-16);
+    let mut y = [[_mm256_setzero_ps(); 2]; M];
+    let mut weights = tile.bytes.as_ptr();
+    let mut codes = x.codes.as_ptr();
+    for g in 0..x.groups {
+        // SAFETY: `check` made sure that the tile holds this group's header and steps, and each of the M rows its 32
+        // codes a step and one scale and sum a group; the pointers advance by exactly these amounts.
+        unsafe {
+            let header = weights;
+            weights = weights.add(tile.header());
+            let mut sums = [[_mm256_setzero_si256(); 2]; M];
+            for half in 0..2 {
+                let zero = if tile.asymmetric {
+                    _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()))
+                } else {
+                    _mm256_set1_epi32(MIDDLE)
+                };
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(m * x.groups + g));
+                    sums[half] = _mm256_sub_epi32(sums[half], _mm256_mullo_epi32(zero, x_sum));
+                }
+            }
+            for _ in 0..tile.steps_of(g) {
+                for chunk in 0..4 {
+                    let packed = weights.add(64 * chunk).cast::<__m256i>();
+                    let w = [_mm256_loadu_si256(packed), _mm256_loadu_si256(packed.add(1))];
+                    let low = w.map(|w| _mm256_and_si256(_mm256_slli_epi16::<4>(w), upper));
+                    let high = w.map(|w| _mm256_and_si256(w, upper));
+                    for (m, sums) in sums.iter_mut().enumerate() {
+                        let four = codes.add(m * x.stride + 8 * chunk).cast::<i32>();
+                        let x0 = _mm256_set1_epi32(four.read_unaligned());
+                        let x1 = _mm256_set1_epi32(four.add(1).read_unaligned());
+                        for half in 0..2 {
+                            let sum = _mm256_dpbusd_avx_epi32(sums[half], low[half], x0);
+                            sums[half] = _mm256_dpbusd_avx_epi32(sum, high[half], x1);
+                        }
+                    }
+                }
+                weights = weights.add(STEP);
+                codes = codes.add(32);
+            }
+            let scales = header.cast::<__m128i>();
+            let scales =
+                [_mm256_cvtph_ps(_mm_loadu_si128(scales)), _mm256_cvtph_ps(_mm_loadu_si128(scales.add(1)))];
+            for m in 0..M {
+                let x_scale = _mm256_set1_ps(*x.scales.get_unchecked(m * x.groups + g));
+                for half in 0..2 {
+                    let scale = _mm256_mul_ps(scales[half], x_scale);
+                    y[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][half]), scale, y[m][half]);
+                }
+            }
+        }
+    }
+    for (out, y) in out.iter_mut().zip(&y) {
+        // SAFETY: an output is 16 floats.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), y[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), y[1]);
+        }
+    }
+}
