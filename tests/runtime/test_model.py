@@ -316,6 +316,9 @@ def test_other_ways_to_load(tiny_folder):
         assert np.array_equal(model.forward(ids), expected)
     half = nybble.load(tiny_folder, kv="f16").forward(ids)
     assert np.allclose(half, expected, atol=0.05)
+    codes = nybble.load(tiny_folder, kv="int8")
+    assert codes.info["kv_type"] == "int8"
+    assert np.allclose(codes.forward(ids), expected, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def bench(
         ),
     ] = "0",
     threads: options.Threads = None,
+    kv: options.Kv = None,
     output_format: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +110,7 @@ def bench(
     if machine.reset_peak_rss():  # else the buffer it reads would count as the model's memory
         before = bandwidth(threads)
         machine.reset_peak_rss()
-    language_model = nybble.load(path, threads)
+    language_model = nybble.load(path, threads, kv=kv)
     with output.token_bar("bench", on=not quiet, unit="run") as bar:
         records = measure(
             language_model,

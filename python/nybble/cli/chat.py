@@ -52,6 +52,7 @@ def chat(
     seed: options.Seed = None,
     context: options.ContextLimit = None,
     threads: options.Threads = None,
+    kv: options.Kv = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -67,7 +68,7 @@ def chat(
     from nybble.cli import output, sampling
     from nybble.errors import UnsupportedError
 
-    language_model = nybble.load(options.open_path(model), threads, context=context)
+    language_model = nybble.load(options.open_path(model), threads, context=context, kv=kv)
     if "default" not in language_model.tokenizer.templates:
         msg = (
             f"a conversation with {language_model.path}: the model has no chat template; "

@@ -33,6 +33,7 @@ def evaluate(
         ),
     ] = None,
     threads: options.Threads = None,
+    kv: options.Kv = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -47,7 +48,7 @@ def evaluate(
     from nybble.eval import perplexity, read_text
 
     content = read_text(text)
-    language_model = nybble.load(options.open_path(model), threads)
+    language_model = nybble.load(options.open_path(model), threads, kv=kv)
     with output.token_bar("eval", on=not quiet) as bar:
         result = perplexity(
             language_model,

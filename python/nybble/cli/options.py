@@ -1,5 +1,6 @@
 """Options that several verbs share, declared once so that they behave the same everywhere."""
 
+import enum
 import math
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,14 @@ def _finite(value: float | None) -> float | None:
         msg = f"{value} is not a finite number."
         raise typer.BadParameter(msg)
     return value
+
+
+class KvType(str, enum.Enum):
+    """How keys and values may be kept."""
+
+    F32 = "f32"
+    F16 = "f16"
+    INT8 = "int8"
 
 
 ModelArgument = Annotated[
@@ -30,6 +39,14 @@ Threads = Annotated[
         min=1,
         max=512,
         help="Threads; without it NYBBLE_THREADS, else every CPU this process may use.",
+        show_default=False,
+    ),
+]
+Kv = Annotated[
+    KvType | None,
+    typer.Option(
+        "--kv",
+        help="Keys and values; without it f16 for quantized models, else f32.",
         show_default=False,
     ),
 ]

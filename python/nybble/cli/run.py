@@ -60,6 +60,7 @@ def run(
     ] = None,
     context: options.ContextLimit = None,
     threads: options.Threads = None,
+    kv: options.Kv = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -79,7 +80,7 @@ def run(
         raise typer.BadParameter(msg, param_hint="--stop")
     text = sampling.read_prompt() if prompt == "-" else prompt
     choice = sampling.Choice(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-    language_model = nybble.load(options.open_path(model), threads, context=context)
+    language_model = nybble.load(options.open_path(model), threads, context=context, kv=kv)
     settings = {**choice.settings(), "stop": stop or ()}
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
