@@ -1,12 +1,45 @@
-//! The one worker pool: fork-join over index ranges with workers that spin a little and then park.
+//! The one worker pool: phases of chunks that whoever is awake works off.
 //!
-//! A token step makes hundreds of small parallel regions a few microseconds apart. Waking a parked thread costs about
-//! 6 us, spinning on an atomic 0.3 us; so a worker spins for [`SPIN`] after its last job and only then parks. While a
-//! token is computed the workers never sleep; between requests they cost nothing, and an oversubscribed machine loses
-//! at most the spin.
+//! A token step makes hundreds of small parallel phases a few microseconds apart, on machines whose cores have other work
+//! too. Two things follow.
 //!
-//! Work is split by index alone ([`Pool::split`]), never by timing, and each index is computed by exactly one thread with
-//! the same arithmetic, so results do not depend on the number of threads.
+//! **A late worker is not needed.** A phase is a number of chunks. Threads claim chunks one by one, the caller among them,
+//! and the phase is over when every *chunk* is done, not when every *thread* has come by. A worker that the system keeps
+//! from running between two chunks costs nothing: the others take what it would have taken. Only a thread stopped in the
+//! middle of a chunk is waited for, and then the caller sleeps, so that the system can run that thread on the caller's own
+//! core.
+//!
+//! **Workers are woken once.** Waking a parked thread costs about 6 us, noticing a change of an atomic 0.1 us. While a
+//! [`Pool::region`] is open, workers never park: they poll for [`SPIN`], and then give the core away between looks
+//! (`yield_now`), so that an oversubscribed machine loses little. A forward pass is one region. After its end they spin for
+//! [`SPIN`] once more, in case the next token follows at once, and park. Between requests they cost nothing.
+//!
+//! # The claim
+//!
+//! The phase is published as one 64-bit word, the number of chunks and the next chunk to claim. A thread claims with
+//! `fetch_add(1)`, and the value it gets back says all: a next chunk below the number of chunks is the thread's own, anything
+//! else is nothing. It does not matter how long ago the thread last looked, or for which phase it came: there is no moment
+//! between reading and claiming at which the phase could change. So the word needs no epoch. After a failed claim a thread
+//! only loads the word until there is something to claim; each thread thus adds at most one failed claim to a phase, and the
+//! counter never overflows.
+//!
+//! # Why the orderings are enough
+//!
+//! - *The job slot* is a plain cell. It is written before the word is stored with `Release`; a valid claim is an `Acquire`
+//!   read-modify-write of that store or of other claims after it (one release sequence), so a thread with a valid claim sees
+//!   the slot of its own phase. It reads the slot before it adds the chunk to `done` (`Release`), and the caller writes the
+//!   next phase's slot only after it has read (`Acquire`) that all chunks are done. A thread without a valid claim never
+//!   reads the slot. Hence no read is ever concurrent with a write, and the borrowed job is alive whenever it is called.
+//! - *Results* that a chunk wrote reach the caller by the same pair of `done`, and what the caller wrote before a phase
+//!   reaches the chunks by the word.
+//! - *No wake-up is lost*, twice by the same argument: both sides store their own flag and then load the other's, all
+//!   `SeqCst`, so at least one sees the other. A worker stores `parked` and then reads `open`, a caller adds to `open` and
+//!   then reads `parked`. A caller stores `waiting` and then reads `done`, a worker adds to `done` and then reads `waiting`.
+//!
+//! # What results depend on
+//!
+//! Which thread computes a chunk depends on timing. Each index is computed by exactly one thread with the same arithmetic,
+//! so results depend neither on that nor on the number of threads.
 //!
 //! A forked child has no worker threads. The pool notices (the process id differs) before it touches a lock a lost
 //! thread may hold, and starts afresh.
@@ -15,22 +48,32 @@
 
 #![allow(unsafe_code)]
 
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// How long an idle worker, or a caller waiting for its workers, spins before it sleeps.
+/// How long an idle worker, or a caller waiting for a chunk under way, spins before it gives its core away.
 pub const SPIN: Duration = Duration::from_micros(50);
 
 /// Most threads a pool takes; more is a mistake in the request.
 pub const MAX_THREADS: usize = 512;
 
+/// Chunks of a split for each thread. They shrink from the first to the last (see [`Pool::split`]), so few are enough.
+const CHUNKS_PER_THREAD: usize = 4;
+
 type Job<'a> = dyn Fn(usize) + Sync + 'a;
+
+thread_local! {
+    /// The pool whose chunk this thread is computing.
+    static WORKING: Cell<*const Shared> = const { Cell::new(std::ptr::null()) };
+}
 
 /// The start of a slice whose parts go to different threads.
 struct Base<T>(*mut T);
@@ -44,20 +87,60 @@ impl<T> Base<T> {
 // SAFETY: `split_rows` gives every thread its own part of a `&mut [T]` with `T: Send`.
 unsafe impl<T: Send> Sync for Base<T> {}
 
+/// The word of a phase: how many chunks it has, and the next one to claim.
+#[derive(Clone, Copy)]
+struct Word(u64);
+
+impl Word {
+    fn new(chunks: usize) -> Self {
+        // Far from overflow either way: `next` is at most the chunks and one failed claim a thread.
+        assert!(chunks <= (u32::MAX >> 1) as usize, "{chunks} chunks");
+        Self((chunks as u64) << 32)
+    }
+
+    /// The chunk that a claim which found this word has won.
+    fn chunk(self) -> Option<usize> {
+        let (chunks, next) = ((self.0 >> 32) as usize, self.0 as u32 as usize);
+        (next < chunks).then_some(next)
+    }
+}
+
+/// What a thread touches to claim a chunk, on cache lines of its own (two, for processors fetch them in pairs).
+#[repr(align(128))]
+struct Phase {
+    /// A [`Word`].
+    word: AtomicU64,
+    /// The phase's job; see the module's text for who may read and write it when.
+    job: UnsafeCell<Option<&'static Job<'static>>>,
+}
+
+// SAFETY: by the protocol described at the module's top no read of `job` is concurrent with a write; the job itself is
+// `Sync`.
+unsafe impl Sync for Phase {}
+
+/// What a thread touches when a chunk is done.
+#[repr(align(128))]
+struct Done {
+    /// Chunks of the phase that workers have done.
+    chunks: AtomicUsize,
+    /// Whether the caller is (about to be) parked.
+    waiting: AtomicBool,
+}
+
 /// State shared with the workers.
 struct Shared {
-    /// Number of jobs started so far; a change is the signal.
-    epoch: AtomicU32,
-    /// The current job, valid from the epoch's change until `pending` is 0.
-    job: Mutex<Option<&'static Job<'static>>>,
-    /// Workers that have not finished the current job.
-    pending: AtomicUsize,
-    panicked: AtomicBool,
+    phase: Phase,
+    done: Done,
+    /// Open regions; while there are any, workers do not park.
+    open: AtomicUsize,
     stop: AtomicBool,
     /// Whether the worker of that index is (about to be) parked.
     parked: Box<[AtomicBool]>,
-    /// The thread that waits for `pending` to reach 0.
+    /// The thread that waits for a phase.
     caller: Mutex<Option<Thread>>,
+    panicked: AtomicBool,
+    /// What the first chunk that panicked left.
+    payload: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 /// The workers of one process.
@@ -66,13 +149,14 @@ struct Crew {
     shared: Arc<Shared>,
     workers: Vec<Thread>,
     handles: Vec<std::thread::JoinHandle<()>>,
-    /// Held by the caller whose job runs.
+    /// Held by the caller whose phase runs.
     running: Mutex<()>,
 }
 
-/// A fixed set of threads that run one job at a time together with the calling thread.
+/// A fixed set of threads that compute one phase at a time together with the calling thread.
 ///
-/// Jobs must not start another job on the same pool: it would wait for itself.
+/// Several threads may use a pool; their phases take turns. A job that uses its own pool computes that part alone, on the
+/// thread it is on.
 pub struct Pool {
     threads: usize,
     /// Null until first used, then the crew of the current process.
@@ -88,7 +172,7 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// A pool of `threads` threads, the caller's among them; they start at the first job.
+    /// A pool of `threads` threads, the caller's among them; they start at the first phase or region.
     pub fn new(threads: usize) -> Result<Self> {
         if threads == 0 || threads > MAX_THREADS {
             return Err(Error::argument("threads", format!("1 to {MAX_THREADS}"), threads));
@@ -96,8 +180,8 @@ impl Pool {
         Ok(Self { threads, crew: AtomicPtr::new(std::ptr::null_mut()), making: AtomicU32::new(0) })
     }
 
-    /// Threads that may run at once when nothing else is asked for: `NYBBLE_THREADS`, or the CPUs this process may use
-    /// (its affinity mask and, on Linux, its cgroup quota).
+    /// Threads that may run at once when nothing else is asked for: `NYBBLE_THREADS`, or the CPUs this process may use:
+    /// its affinity mask and, on Linux, the quota of its cgroup (version 1 or 2) in whole CPUs.
     pub fn default_threads() -> Result<usize> {
         match std::env::var("NYBBLE_THREADS") {
             Err(_) => Ok(std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)),
@@ -117,31 +201,46 @@ impl Pool {
         self.threads
     }
 
-    /// Calls `job` with disjoint ranges that cover `0..len`, one call a thread at most, and returns when all are done.
+    /// Calls `work` with the workers awake from its start to its end, so that the phases in it start without delay.
     ///
-    /// Boundaries are multiples of `grain` and depend on `len`, `grain` and the number of threads only.
+    /// It does not own the pool: other threads' phases run between its own. Regions may be nested.
+    pub fn region<R>(&self, work: impl FnOnce() -> R) -> R {
+        if self.threads == 1 {
+            return work();
+        }
+        let _open = Open::new(self.crew());
+        work()
+    }
+
+    /// Calls `job` with disjoint ranges that cover `0..len` and returns when all are done. A thread may be given several
+    /// ranges, or none.
+    ///
+    /// Boundaries are multiples of `grain` and depend on `len`, `grain` and the number of threads only. Ranges shrink
+    /// linearly from the first to the last (trapezoid self-scheduling, Tzen and Ni 1993): few claims, and yet threads that
+    /// started late or run slowly end together with the others.
     ///
     /// # Panics
-    /// When `job` panics on any thread, after all threads have finished.
+    /// When `job` panics on any thread, after all ranges are done.
     pub fn split(&self, len: usize, grain: usize, job: &(dyn Fn(Range<usize>) + Sync)) {
         let grain = grain.max(1);
         let pieces = len.div_ceil(grain);
-        let shares = self.threads.min(pieces);
-        if shares <= 1 {
+        let chunks = if self.threads == 1 { 1 } else { pieces.min(self.threads * CHUNKS_PER_THREAD) };
+        if chunks <= 1 {
             if len > 0 {
                 job(0..len);
             }
             return;
         }
-        let bound = |i: usize| (pieces * i / shares * grain).min(len);
-        self.run(&|worker| {
-            if worker < shares {
-                job(bound(worker)..bound(worker + 1));
+        let bound = |i: usize| (pieces - left(pieces, chunks, i)).saturating_mul(grain).min(len);
+        self.run_chunks(chunks, &|i| {
+            let range = bound(i)..bound(i + 1);
+            if !range.is_empty() {
+                job(range);
             }
         });
     }
 
-    /// Splits `data`, rows of `row` elements, into one run of whole rows a thread and calls `job(first row, rows)` on each.
+    /// Splits `data`, rows of `row` elements, into runs of whole rows and calls `job(first row, rows)` on each.
     ///
     /// # Panics
     /// When `row` is 0 or does not divide `data.len()`, and as [`Pool::split`].
@@ -159,38 +258,49 @@ impl Pool {
         });
     }
 
-    /// Calls `job(0) .. job(threads - 1)`, each on its own thread, and returns when all are done.
+    /// Calls `job(0) .. job(threads - 1)` and returns when all are done: each on its own thread if all of them are free,
+    /// several on one thread otherwise.
     ///
     /// # Panics
-    /// When `job` panics on any thread, after all threads have finished.
+    /// When `job` panics on any thread, after all calls are done.
     pub fn run(&self, job: &Job<'_>) {
-        if self.threads == 1 {
-            job(0);
+        self.run_chunks(self.threads, job);
+    }
+
+    /// One phase: calls `job` with every index below `chunks`.
+    fn run_chunks(&self, chunks: usize, job: &Job<'_>) {
+        if self.threads == 1 || chunks <= 1 {
+            (0..chunks).for_each(job);
             return;
         }
         let crew = self.crew();
-        let _turn = crew.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*crew.shared;
-        // SAFETY: the reference is handed to the workers under a longer lifetime than it has. It is used only between the
-        // change of `epoch` and the moment `pending` reaches 0; this function waits for that moment before it returns or
-        // unwinds (the caller's own share runs under `catch_unwind`), so the borrow is alive throughout.
-        let borrowed = unsafe { std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job) };
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(borrowed);
-        *shared.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(std::thread::current());
-        shared.pending.store(self.threads - 1, Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        for (parked, worker) in shared.parked.iter().zip(&crew.workers) {
-            if parked.load(Ordering::SeqCst) {
-                worker.unpark();
-            }
+        if WORKING.get() == std::ptr::from_ref(shared) {
+            (0..chunks).for_each(job); // the other threads are busy with the phase that this is a part of
+            return;
         }
-        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
-        wait(|| shared.pending.load(Ordering::Acquire) == 0);
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        if let Err(payload) = own {
-            resume_unwind(payload);
+        let turn = lock(&crew.running);
+        let open = (shared.open.load(Ordering::Relaxed) == 0).then(|| Open::new(crew));
+        // SAFETY: the reference is stored under a longer lifetime than it has. It is used only for claimed chunks that are
+        // not yet counted as done; this function waits until all are, and nothing in between unwinds (chunks run under
+        // `catch_unwind`), so the borrow is alive throughout.
+        let job = unsafe { std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job) };
+        // SAFETY: this thread holds `running` and the last phase is over, so nobody reads the slot.
+        unsafe { *shared.phase.job.get() = Some(job) };
+        shared.done.chunks.store(0, Ordering::Relaxed);
+        shared.phase.word.store(Word::new(chunks).0, Ordering::Release);
+        let outer = WORKING.replace(shared);
+        let mut own = 0;
+        while shared.work_once() {
+            own += 1;
         }
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a worker thread panicked");
+        WORKING.set(outer);
+        shared.await_done(chunks - own);
+        let payload = shared.panicked.swap(false, Ordering::Relaxed).then(|| lock(&shared.payload).take());
+        drop((open, turn));
+        if let Some(payload) = payload {
+            resume_unwind(payload.unwrap_or_else(|| Box::new("a job panicked")));
+        }
     }
 
     /// The crew of this process, made at first use and again after a fork.
@@ -236,7 +346,6 @@ impl Drop for Pool {
             return;
         }
         crew.shared.stop.store(true, Ordering::SeqCst);
-        crew.shared.epoch.fetch_add(1, Ordering::SeqCst);
         for worker in &crew.workers {
             worker.unpark();
         }
@@ -249,13 +358,14 @@ impl Drop for Pool {
 impl Crew {
     fn start(threads: usize, pid: u32) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicU32::new(0),
-            job: Mutex::new(None),
-            pending: AtomicUsize::new(0),
-            panicked: AtomicBool::new(false),
+            phase: Phase { word: AtomicU64::new(Word::new(0).0), job: UnsafeCell::new(None) },
+            done: Done { chunks: AtomicUsize::new(0), waiting: AtomicBool::new(false) },
+            open: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             caller: Mutex::new(None),
+            panicked: AtomicBool::new(false),
+            payload: Mutex::new(None),
         });
         let handles: Vec<_> = (1..threads)
             .map(|index| {
@@ -271,49 +381,119 @@ impl Crew {
     }
 }
 
+/// An open region; closed when dropped.
+struct Open<'a>(&'a Crew);
+
+impl<'a> Open<'a> {
+    fn new(crew: &'a Crew) -> Self {
+        crew.shared.open.fetch_add(1, Ordering::SeqCst);
+        for (parked, worker) in crew.shared.parked.iter().zip(&crew.workers) {
+            // Whoever wakes a worker takes the flag down, so that one wake-up is paid for and not one a phase.
+            if parked.load(Ordering::SeqCst) && parked.swap(false, Ordering::SeqCst) {
+                worker.unpark();
+            }
+        }
+        Self(crew)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.shared.open.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Shared {
     /// The life of worker `index`.
     fn work(&self, index: usize) {
-        let mut seen = 0;
-        loop {
-            self.await_epoch(index, seen);
-            seen = self.epoch.load(Ordering::Acquire);
-            if self.stop.load(Ordering::Acquire) {
-                return;
-            }
-            let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(job) = job
-                && catch_unwind(AssertUnwindSafe(|| job(index))).is_err()
-            {
-                self.panicked.store(true, Ordering::Relaxed);
-            }
-            // Cloned before the last worker reports: afterwards the caller may start the next job.
-            let caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if self.pending.fetch_sub(1, Ordering::AcqRel) == 1
-                && let Some(caller) = caller
-            {
-                caller.unpark();
+        WORKING.set(self);
+        while !self.stop.load(Ordering::Acquire) {
+            if self.work_once() {
+                self.done.chunks.fetch_add(1, Ordering::SeqCst);
+                if self.done.waiting.load(Ordering::SeqCst) {
+                    // Perhaps of a later phase by now, or not yet finished: a caller that is woken for nothing looks again.
+                    if let Some(caller) = &*lock(&self.caller) {
+                        caller.unpark();
+                    }
+                }
+            } else {
+                self.await_phase(index);
             }
         }
     }
 
-    fn await_epoch(&self, index: usize, seen: u32) {
-        let changed = || self.epoch.load(Ordering::SeqCst) != seen;
-        if spin(changed) {
+    /// Claims a chunk and computes it; false when there is none.
+    fn work_once(&self) -> bool {
+        let Some(chunk) = Word(self.phase.word.fetch_add(1, Ordering::Acquire)).chunk() else {
+            return false;
+        };
+        // SAFETY: the claim is valid, so the phase is not over and the slot holds its job (see the module's text).
+        let job = unsafe { *self.phase.job.get() };
+        if let Some(job) = job
+            && let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(chunk)))
+        {
+            lock(&self.payload).get_or_insert(payload);
+            self.panicked.store(true, Ordering::Relaxed); // ordered, like the chunk's results, by `done`
+        }
+        true
+    }
+
+    /// Returns when there is something to claim, or when the pool ends.
+    fn await_phase(&self, index: usize) {
+        let ready = || {
+            Word(self.phase.word.load(Ordering::Relaxed)).chunk().is_some()
+                || self.stop.load(Ordering::Relaxed)
+        };
+        while !spin(ready) {
+            while self.open.load(Ordering::Relaxed) > 0 {
+                if ready() {
+                    return;
+                }
+                std::thread::yield_now();
+            }
+            // The region may just have ended: the next token's is given the time of one spin to begin.
+            if spin(|| ready() || self.open.load(Ordering::Relaxed) > 0) {
+                continue;
+            }
+            let parked = &self.parked[index - 1];
+            parked.store(true, Ordering::SeqCst);
+            while self.open.load(Ordering::SeqCst) == 0
+                && !self.stop.load(Ordering::SeqCst)
+                && parked.load(Ordering::SeqCst)
+            {
+                std::thread::park();
+            }
+            parked.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Returns when the workers have done `chunks` chunks: those that the caller did not do itself.
+    fn await_done(&self, chunks: usize) {
+        if spin(|| self.done.chunks.load(Ordering::Acquire) == chunks) {
             return;
         }
-        let parked = &self.parked[index - 1];
-        parked.store(true, Ordering::SeqCst);
-        while !changed() {
+        *lock(&self.caller) = Some(std::thread::current());
+        self.done.waiting.store(true, Ordering::SeqCst);
+        while self.done.chunks.load(Ordering::SeqCst) != chunks {
             std::thread::park();
         }
-        parked.store(false, Ordering::SeqCst);
+        self.done.waiting.store(false, Ordering::SeqCst);
     }
+}
+
+/// Pieces that chunks from `i` on hold, of `pieces` in `chunks` chunks: the square of the share of chunks left.
+fn left(pieces: usize, chunks: usize, i: usize) -> usize {
+    let rest = (chunks - i) as u128;
+    (pieces as u128 * rest * rest).div_ceil((chunks as u128).pow(2)) as usize
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Spins until `done` or until [`SPIN`] is over; says whether it was done.
 fn spin(done: impl Fn() -> bool) -> bool {
-    let start = Instant::now();
+    let mut start = None;
     loop {
         // The clock costs as much as a few dozen pauses: look at it rarely.
         for _ in 0..64 {
@@ -322,18 +502,8 @@ fn spin(done: impl Fn() -> bool) -> bool {
             }
             std::hint::spin_loop();
         }
-        if start.elapsed() > SPIN {
+        if start.get_or_insert_with(Instant::now).elapsed() > SPIN {
             return done();
-        }
-    }
-}
-
-/// Waits until `done`: spins, then sleeps until unparked.
-fn wait(done: impl Fn() -> bool) {
-    if !spin(&done) {
-        while !done() {
-            // A lost wake-up is impossible by the order of the stores; the limit only bounds the harm of being wrong.
-            std::thread::park_timeout(Duration::from_millis(1));
         }
     }
 }
@@ -407,17 +577,96 @@ mod tests {
     #[test]
     fn a_panicking_job_reaches_the_caller_and_the_pool_survives() {
         let pool = Pool::new(2).expect("a pool");
+        let others = AtomicUsize::new(0);
         for culprit in [0, 1] {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(&|worker| assert!(worker != culprit, "on purpose"));
+                pool.run(&|worker| {
+                    assert!(worker != culprit, "on purpose");
+                    others.fetch_add(1, Ordering::Relaxed);
+                });
             }));
-            assert!(outcome.is_err());
+            let payload = outcome.expect_err("a panic");
+            assert_eq!(payload.downcast_ref(), Some(&"on purpose"));
         }
+        assert_eq!(others.load(Ordering::Relaxed), 2);
         let ran = AtomicUsize::new(0);
         pool.run(&|_| {
             ran.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(ran.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_phase_needs_no_worker() {
+        let pool = Pool::new(4).expect("a pool");
+        // A crew without workers: to the caller the same as one whose workers the system never runs.
+        let absent = Box::new(Crew::start(1, std::process::id()));
+        pool.crew.store(Box::into_raw(absent), Ordering::Release);
+        let sum = AtomicUsize::new(0);
+        pool.region(|| {
+            for _ in 0..100 {
+                pool.split(1000, 1, &|range| {
+                    sum.fetch_add(range.len(), Ordering::Relaxed);
+                });
+            }
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), 100_000);
+    }
+
+    #[test]
+    fn phases_that_follow_at_once_do_not_mix() {
+        let pool = Pool::new(4).expect("a pool");
+        pool.region(|| {
+            for phase in 0..20_000 {
+                let chunks = 1 + phase % 9;
+                let mut found = [0; 9];
+                pool.split_rows(&mut found[..chunks], 1, &|first, part| {
+                    for (i, one) in part.iter_mut().enumerate() {
+                        *one += phase + first + i;
+                    }
+                });
+                let expected = |i| if i < chunks { phase + i } else { 0 };
+                assert!(found.iter().enumerate().all(|(i, &one)| one == expected(i)), "{phase}: {found:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_job_may_use_its_own_pool() {
+        let pool = Pool::new(3).expect("a pool");
+        let sum = AtomicUsize::new(0);
+        pool.split(20, 1, &|outer| {
+            pool.region(|| {
+                pool.split(10, 1, &|inner| {
+                    sum.fetch_add(outer.len() * inner.len(), Ordering::Relaxed);
+                });
+            });
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), 200);
+    }
+
+    #[test]
+    fn ranges_shrink_and_cover_all() {
+        for (pieces, chunks) in [(8, 8), (12, 8), (3072, 8), (1000, 7), (usize::MAX, 2048)] {
+            let bounds: Vec<usize> = (0..=chunks).map(|i| pieces - left(pieces, chunks, i)).collect();
+            assert_eq!((bounds[0], bounds[chunks]), (0, pieces));
+            assert!(bounds.is_sorted());
+            let (first, last) = (bounds[1], pieces - bounds[chunks - 1]);
+            assert!(last <= pieces.div_ceil(chunks * chunks) && first >= pieces / chunks, "{bounds:?}");
+        }
+    }
+
+    /// `available_parallelism`, on which the default rests, knows affinity masks and quotas.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_default_is_not_above_the_affinity_mask() {
+        let status = std::fs::read_to_string("/proc/self/status").expect("procfs");
+        let mask = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed:")).expect("a mask");
+        let digits = mask.chars().filter_map(|digit| digit.to_digit(16));
+        let allowed: u32 = digits.map(u32::count_ones).sum();
+        if std::env::var_os("NYBBLE_THREADS").is_none() {
+            assert!(Pool::default_threads().expect("no setting") <= allowed as usize);
+        }
     }
 
     #[test]

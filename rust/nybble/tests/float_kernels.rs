@@ -363,10 +363,13 @@ fn check_chunks(isa: Isa) {
         Case { window: Some(50), softcap: Some(9.0), ..Case::new(6, 2, 24, KvType::Int8, 200) },
         Case { window: Some(50), ..Case::new(9, 3, 16, KvType::F32, 200) },
         Case { alibi: slopes, softcap: Some(9.0), ..Case::new(9, 1, 8, KvType::F16, 200) },
+        // Several spans: alone, a token's are separate tasks.
+        Case::new(9, 3, 16, KvType::F16, 530),
+        Case { window: Some(300), ..Case::new(6, 2, 24, KvType::F32, 530) },
     ] {
-        let together = case.run(kernel, 1, &[200]);
+        let together = case.run(kernel, 1, &[case.len]);
         for threads in [1, 2, 5] {
-            for chunks in [&[7, 193][..], &[1], &[64, 1, 5, 63, 67], &[100]] {
+            for chunks in [&[7, 193][..], &[1], &[64, 1, 5, 63, 67], &[100], &[511, 2]] {
                 let what = format!("{threads} threads, chunks {chunks:?}");
                 assert_same_bits(&case.run(kernel, threads, chunks), &together, &what);
             }

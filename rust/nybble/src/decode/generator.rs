@@ -9,6 +9,9 @@ use super::sampler::{Sampler, Sampling};
 use crate::error::{Error, Result};
 use crate::model::{Logits, Model, Session};
 
+/// New tokens for which there is memory from the start.
+const HISTORY: usize = 1 << 16;
+
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -68,7 +71,10 @@ impl Generation {
         if let Some(&token) = request.stop.iter().find(|&&token| token as usize >= model.spec().vocab) {
             return Err(Error::argument("stop", format!("token ids below {}", model.spec().vocab), token));
         }
-        let mut history = session.tokens().to_vec();
+        // Room for all there can be: nothing allocates in the token loop.
+        let room = model.context().min(session.len() + request.prompt.len() + request.max_new.min(HISTORY));
+        let mut history = Vec::with_capacity(room);
+        history.extend_from_slice(session.tokens());
         history.extend_from_slice(&request.prompt);
         Ok(Self {
             pending: request.prompt.clone(),

@@ -4,6 +4,8 @@
 //! last three filters each keep the most probable tokens down to some rank, so the result is the shortest of three prefixes
 //! of one ranking, and only that prefix is ever sorted: a vocabulary of 256,000 is scanned, never sorted.
 //!
+//! The buffers keep their memory, so only the first call allocates.
+//!
 //! Equal logits rank by token id, so a result depends on nothing but its inputs.
 
 use std::cmp::Ordering;
@@ -15,6 +17,9 @@ use crate::error::{Error, Result};
 
 /// Tokens ranked at first when top-p alone decides how many are needed.
 const FIRST_RANKED: usize = 256;
+
+/// Tokens seen lately for which there is memory from the start.
+const SEEN: usize = 1024;
 
 /// Settings of a [`Sampler`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -85,7 +90,8 @@ impl Sampler {
     pub fn new(settings: Sampling) -> Result<Self> {
         settings.validate()?;
         let rng = Rng::new(settings.seed);
-        Ok(Self { settings, rng, ranked: Vec::new(), weights: Vec::new(), seen: Vec::new() })
+        let seen = Vec::with_capacity(settings.repeat_last_n.min(SEEN));
+        Ok(Self { settings, rng, ranked: Vec::new(), weights: Vec::new(), seen })
     }
 
     /// The settings.

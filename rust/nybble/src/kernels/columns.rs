@@ -32,6 +32,16 @@ impl<'a> Columns<'a> {
         Self { data: data.as_mut_ptr(), rows, stride, offset, width, marker: PhantomData }
     }
 
+    /// A view of `width` of its columns, from `offset` on.
+    ///
+    /// # Panics
+    /// When it has no such columns.
+    #[must_use]
+    pub fn part(self, offset: usize, width: usize) -> Self {
+        assert!(offset + width <= self.width, "columns {offset}+{width} of {}", self.width);
+        Self { offset: self.offset + offset, width, ..self }
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows

@@ -130,20 +130,65 @@ pub fn int_matmul(
     x: &Activations,
     y: Columns<'_>,
 ) -> Result<()> {
-    w.expect_layout(kernel.layout())?;
-    if (x.cols(), x.group()) != (w.cols(), w.group()) {
-        return Err(Error::argument(
-            "activations",
-            format!("{} columns in groups of {}", w.cols(), w.group()),
-            format!("{} columns in groups of {}", x.cols(), x.group()),
-        ));
+    int_matmuls(pool, x, &mut std::iter::once(IntProduct { kernel, w, y }))
+}
+
+/// One of the products of [`int_matmuls`].
+#[derive(Clone, Copy)]
+pub struct IntProduct<'a> {
+    /// Computes it.
+    pub kernel: &'a dyn IntMatmul,
+    /// The weights.
+    pub w: &'a Packed,
+    /// Where it goes: columns of its own.
+    pub y: Columns<'a>,
+}
+
+impl std::fmt::Debug for IntProduct<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IntProduct").field("w", self.w).field("y", &self.y).finish_non_exhaustive()
     }
-    check_output(w, x.rows(), y)?;
-    pool.split(w.tiles(), 1, &|tiles| {
-        // SAFETY: `split` hands out disjoint tile ranges, a tile's columns are its own, and the checks above hold.
-        unsafe { kernel.tiles(w, x, tiles, y) }
-    });
-    Ok(())
+}
+
+/// Products computed in one phase of the pool; more take several phases.
+const PRODUCTS: usize = 4;
+
+/// Several products of the same activations, as [`int_matmul`] each. Few rows and a small matrix (keys and values of one
+/// token) are too little work for a phase of the pool of their own; their tiles are shared out together.
+pub fn int_matmuls(
+    pool: &Pool,
+    x: &Activations,
+    products: &mut dyn Iterator<Item = IntProduct<'_>>,
+) -> Result<()> {
+    loop {
+        let mut batch = [None; PRODUCTS];
+        let mut tiles = 0;
+        for (slot, product) in batch.iter_mut().zip(&mut *products) {
+            let IntProduct { kernel, w, y } = product;
+            w.expect_layout(kernel.layout())?;
+            if (x.cols(), x.group()) != (w.cols(), w.group()) {
+                return Err(Error::argument(
+                    "activations",
+                    format!("{} columns in groups of {}", w.cols(), w.group()),
+                    format!("{} columns in groups of {}", x.cols(), x.group()),
+                ));
+            }
+            check_output(w, x.rows(), y)?;
+            *slot = Some((tiles, product));
+            tiles += w.tiles();
+        }
+        let Some(_) = batch[0] else { return Ok(()) };
+        pool.split(tiles, 1, &|range| {
+            for &(first, IntProduct { kernel, w, y }) in batch.iter().flatten() {
+                let own = range.start.max(first)..range.end.min(first + w.tiles());
+                if own.start < own.end {
+                    // SAFETY: `split` hands out disjoint tile ranges, a tile's columns are its own, and the checks above
+                    // hold.
+                    unsafe { kernel.tiles(w, x, own.start - first..own.end - first, y) }
+                }
+            }
+        });
+    }
 }
 
 /// `y = x Wᵀ` with float activations `x [rows, w.cols()]` and weights of any layout, split over the pool by tiles.

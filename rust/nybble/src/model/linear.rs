@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::kernels::quantize::{Activations, Granularity};
-use crate::kernels::{Columns, Kernels, float_matmul, int_matmul};
+use crate::kernels::{Columns, IntProduct, Kernels, float_matmul, int_matmuls};
 use crate::pack::{Layout, Packed};
 use crate::threads::Pool;
 
@@ -24,6 +24,14 @@ pub(super) struct Part {
     pub(super) weight: Arc<Packed>,
     /// How inputs are rounded to 8 bits; none multiplies them in float.
     pub(super) rounding: Option<Granularity>,
+}
+
+impl Part {
+    /// Whether one rounding of the input serves both.
+    fn reads_the_same(&self, other: &Self) -> bool {
+        let form = |part: &Self| part.rounding.map(|per| (per, part.weight.group()));
+        form(self) == form(other)
+    }
 }
 
 /// `y = W x + b`.
@@ -60,29 +68,28 @@ impl Linear {
         rounded: &mut Activations,
         y: &mut [f32],
     ) -> Result<()> {
-        let mut have = None; // the group and granularity that `rounded` holds x in
+        let columns = Columns::new(y, n, self.rows, 0, self.rows);
         let mut offset = 0;
-        for Part { weight, rounding } in &self.parts {
-            let columns = Columns::new(y, n, self.rows, offset, weight.rows());
+        for parts in self.parts.chunk_by(Part::reads_the_same) {
+            let Part { weight, rounding } = &parts[0];
             if let Some(per) = *rounding {
-                if have != Some((weight.group(), per)) {
-                    rounded.quantize(
-                        run.pool,
-                        run.kernels.quantize,
-                        x,
-                        n,
-                        weight.cols(),
-                        weight.group(),
-                        per,
-                    )?;
-                    have = Some((weight.group(), per));
-                }
-                let kernel = if weight.layout() == Layout::W4 { run.kernels.w4a8 } else { run.kernels.w8a8 };
-                int_matmul(run.pool, kernel, weight, rounded, columns)?;
-            } else {
-                float_matmul(run.pool, run.kernels.f32, weight, x, columns)?;
+                let (cols, group) = (weight.cols(), weight.group());
+                rounded.quantize(run.pool, run.kernels.quantize, x, n, cols, group, per)?;
             }
-            offset += weight.rows();
+            let mut products = parts.iter().map(|Part { weight, .. }| {
+                let own = columns.part(offset, weight.rows());
+                offset += weight.rows();
+                (weight.as_ref(), own)
+            });
+            if rounding.is_some() {
+                let mut products = products.map(|(w, y)| {
+                    let kernel = if w.layout() == Layout::W4 { run.kernels.w4a8 } else { run.kernels.w8a8 };
+                    IntProduct { kernel, w, y }
+                });
+                int_matmuls(run.pool, rounded, &mut products)?;
+            } else {
+                products.try_for_each(|(w, y)| float_matmul(run.pool, run.kernels.f32, w, x, y))?;
+            }
         }
         if let Some(bias) = &self.bias {
             run.pool.split_rows(y, self.rows, &|_, rows| {

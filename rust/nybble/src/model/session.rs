@@ -121,7 +121,8 @@ impl Session {
                 Logits::All => &mut out[done * model.spec.vocab..][..chunk.len() * model.spec.vocab],
                 Logits::None | Logits::Last => &mut [],
             };
-            if let Err(error) = self.chunk(model, chunk, logits, stop) {
+            // One region a chunk: the workers are woken once for all its phases.
+            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, logits, stop)) {
                 self.truncate(before);
                 return Err(error);
             }

@@ -1,18 +1,24 @@
-//! One task: some rows (queries times heads) through all the keys they see.
+//! One task: some rows (queries times heads) through the keys they see in some spans.
 
 use std::ops::Range;
 
 use half::f16;
 
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
-use super::softmax::{Cap, Running, Scale, Scores, Slope, Times, Weigh};
-use super::{Attention, Call, KEYS, KvType, Memory, TASK_ROWS, Task};
+use super::softmax::{Cap, Merge, Running, Scale, Scores, Slope, Times, Weigh};
+use super::{Attention, Call, KEYS, KvType, Memory, SPAN, TASK_ROWS, Task};
 use crate::cpu::Isa;
+use crate::kernels::Columns;
 
 /// Floats of scratch a task needs.
 pub(super) fn floats(head_dim: usize) -> usize {
     let padded = head_dim.next_multiple_of(LANES);
-    TASK_ROWS * 2 * padded + MAX_ROWS * KEYS
+    TASK_ROWS * 3 * padded + MAX_ROWS * KEYS
+}
+
+/// Floats of what one span leaves of one row: the weighted sums, then the largest score and the sum of weights.
+pub(super) fn partial(padded: usize) -> usize {
+    padded + LANES
 }
 
 impl<T: Tier> Attention for T {
@@ -30,6 +36,27 @@ impl<T: Tier> Attention for T {
             }
         }
     }
+
+    unsafe fn merge(&self, call: &Call<'_>, partials: Columns<'_>, rows: Range<usize>, memory: &mut Memory) {
+        let (dim, padded) = (call.shape.head_dim, call.cache.padded_dim());
+        let spans = call.spans.len();
+        let total = &mut memory.lines.elements_mut::<f32>()[..padded];
+        for row in rows {
+            let mut running = Running::START;
+            for place in row * spans..(row + 1) * spans {
+                // SAFETY: promised by the caller.
+                let left = unsafe { partials.row(place, 0, partial(padded)) };
+                let span = Running { max: left[padded], sum: left[padded + 1], fade: 1.0 };
+                let span_sums = &left[..padded];
+                Tier::run(*self, Merge { sums: total, running: &mut running, span_sums, span });
+            }
+            let (query, head) = (row / call.shape.heads, row % call.shape.heads);
+            // SAFETY: promised by the caller.
+            let out = unsafe { call.out.row(query, head * dim, dim) };
+            out.copy_from_slice(&total[..dim]);
+            Tier::run(*self, Scale(out, 1.0 / running.sum));
+        }
+    }
 }
 
 /// # Safety
@@ -42,9 +69,10 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
     assert!(rows <= TASK_ROWS, "{rows} rows of a task");
 
     let (queries, rest) = memory.lines.elements_mut::<f32>().split_at_mut(TASK_ROWS * padded);
-    let (sums, scores) = rest.split_at_mut(TASK_ROWS * padded);
+    let (sums, rest) = rest.split_at_mut(TASK_ROWS * padded);
+    let (totals, scores) = rest.split_at_mut(TASK_ROWS * padded);
     let scores = &mut scores.as_chunks_mut::<KEYS>().0[..MAX_ROWS];
-    let mut running = [Running::START; TASK_ROWS];
+    let mut total_running = [Running::START; TASK_ROWS];
     for row in 0..rows {
         let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
         let source = &call.q[query * call.q_stride + head * dim..][..dim];
@@ -52,7 +80,6 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
         target.copy_from_slice(source);
         tier.run(Scale(target, call.shape.scale));
     }
-    sums[..rows * padded].fill(0.0);
 
     let job = Job {
         tier,
@@ -67,38 +94,60 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
     let first = job.seen(task.queries.start).start;
     let last = job.seen(task.queries.end - 1).end;
     let blocks = rows.div_ceil(T::ROWS);
-    for start in (first / KEYS * KEYS..last).step_by(KEYS) {
-        for block in 0..blocks {
-            let part = rows * block / blocks..rows * (block + 1) / blocks;
-            let span = part.start * padded..part.end * padded;
-            let mut seen = [(0, 0); MAX_ROWS];
-            let mut slopes = [0.0; MAX_ROWS];
-            for ((row, seen), slope) in part.clone().zip(&mut seen).zip(&mut slopes) {
-                let all = job.seen(task.queries.start + row / heads);
-                *seen = (
-                    all.start.clamp(start, start + KEYS) - start,
-                    all.end.clamp(start, start + KEYS) - start,
-                );
-                *slope = call.shape.alibi.map_or(0.0, |slopes| slopes[task.heads.start + row % heads]);
+    for span in task.spans.clone() {
+        let mut running = [Running::START; TASK_ROWS];
+        sums[..rows * padded].fill(0.0);
+        let from = first.max(span * SPAN) / KEYS * KEYS;
+        for start in (from..last.min((span + 1) * SPAN)).step_by(KEYS) {
+            for block in 0..blocks {
+                let part = rows * block / blocks..rows * (block + 1) / blocks;
+                let lines = part.start * padded..part.end * padded;
+                let mut seen = [(0, 0); MAX_ROWS];
+                let mut slopes = [0.0; MAX_ROWS];
+                for ((row, seen), slope) in part.clone().zip(&mut seen).zip(&mut slopes) {
+                    let all = job.seen(task.queries.start + row / heads);
+                    *seen = (
+                        all.start.clamp(start, start + KEYS) - start,
+                        all.end.clamp(start, start + KEYS) - start,
+                    );
+                    *slope = call.shape.alibi.map_or(0.0, |slopes| slopes[task.heads.start + row % heads]);
+                }
+                let rows = Rows {
+                    queries: &queries[lines.clone()],
+                    sums: &mut sums[lines],
+                    scores,
+                    running: &mut running[part.clone()],
+                    seen: &seen[..part.len()],
+                    slopes: &slopes[..part.len()],
+                };
+                job.block(start, rows);
             }
-            let rows = Rows {
-                queries: &queries[span.clone()],
-                sums: &mut sums[span],
-                scores,
-                running: &mut running[part.clone()],
-                seen: &seen[..part.len()],
-                slopes: &slopes[..part.len()],
-            };
-            job.block(start, rows);
         }
+        for row in 0..rows {
+            let (span_sums, running) = (&sums[row * padded..][..padded], running[row]);
+            if let Some(partials) = call.partials {
+                let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
+                let place = (query * call.shape.heads + head) * call.spans.len() + span - call.spans.start;
+                // SAFETY: this query and head in this span are this task's own.
+                let left = unsafe { partials.row(place, 0, partial(padded)) };
+                left[..padded].copy_from_slice(span_sums);
+                (left[padded], left[padded + 1]) = (running.max, running.sum);
+            } else {
+                let total = &mut totals[row * padded..][..padded];
+                tier.run(Merge { sums: total, running: &mut total_running[row], span_sums, span: running });
+            }
+        }
+    }
+    if call.partials.is_some() {
+        return; // `merge` writes the output
     }
 
     for row in 0..rows {
         let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
         // SAFETY: this query and head are this task's own.
         let out = unsafe { call.out.row(query, head * dim, dim) };
-        out.copy_from_slice(&sums[row * padded..][..dim]);
-        tier.run(Scale(out, 1.0 / running[row].sum));
+        out.copy_from_slice(&totals[row * padded..][..dim]);
+        tier.run(Scale(out, 1.0 / total_running[row].sum));
     }
 }
 

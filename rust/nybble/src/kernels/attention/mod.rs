@@ -5,9 +5,14 @@
 //! was summed before (Milakov and Gimelshein, "Online normalizer calculation for softmax"; blocks as in `FlashAttention`,
 //! arXiv 2205.14135).
 //!
-//! Block boundaries are multiples of [`KEYS`] counted from position 0, and the arithmetic of one query and head depends on
-//! nothing but its own position and the cache. So a token's output has the same bits whether it is computed alone, with 200
-//! others, in chunks, or on any number of threads; speculation relies on that.
+//! Blocks form spans of [`SPAN`] positions. Every span starts a running softmax of its own, and what the spans leave is
+//! merged from the first to the last. With many queries one task does all of that in a row. A single token in a long context
+//! has too few heads to keep all threads busy; then the spans are tasks of their own, and the same merges in the same order
+//! follow when all are done.
+//!
+//! Block and span boundaries are multiples of [`KEYS`] and [`SPAN`] counted from position 0, and the arithmetic of one query
+//! and head depends on nothing but its own position and the cache. So a token's output has the same bits whether it is
+//! computed alone, with 200 others, in chunks, or on any number of threads; speculation relies on that.
 //!
 //! Both products, query with keys and weights with values, are the panel loop of [`super::f32`]. Rows of a panel are the
 //! queries of a task *and* the heads that share keys, so grouped heads load each key once. A row's sums run over exactly
@@ -32,6 +37,10 @@ use cache::Lines;
 
 /// Keys of a block.
 const KEYS: usize = 64;
+
+/// Positions of a span: short enough that a context worth splitting has several, long enough that a merge is nothing beside
+/// the span itself.
+const SPAN: usize = 4 * KEYS;
 
 /// Queries times heads that one task takes through the keys together: a multiple of every tier's rows. Their queries, sums
 /// and a block of keys and values stay in the second-level cache.
@@ -70,10 +79,16 @@ pub trait Attention: Sync {
     /// # Safety
     /// No other thread may access the task's rows and heads of the output during the call.
     unsafe fn run(&self, call: &Call<'_>, task: Task, memory: &mut Memory);
+
+    /// Merges the spans of the given rows (queries times heads) from `partials`, the call's own, all of them written.
+    ///
+    /// # Safety
+    /// No other thread may access these rows of the output and of `partials` during the call.
+    unsafe fn merge(&self, call: &Call<'_>, partials: Columns<'_>, rows: Range<usize>, memory: &mut Memory);
 }
 
 /// The checked arguments of one call of [`attend`].
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Call<'a> {
     shape: Shape<'a>,
     cache: &'a KvCache,
@@ -81,6 +96,10 @@ pub struct Call<'a> {
     q_stride: usize,
     /// Positions before the first query.
     past: usize,
+    /// Spans that any query sees keys of.
+    spans: Range<usize>,
+    /// Where tasks leave their spans, `[n, heads, spans, partial]`; none if each goes through all spans itself.
+    partials: Option<Columns<'a>>,
     out: Columns<'a>,
 }
 
@@ -90,19 +109,28 @@ impl std::fmt::Debug for Call<'_> {
     }
 }
 
-/// A part of the work: some queries with some heads that share a key head.
+/// A part of the work: some queries with some heads that share a key head, and some spans of its keys.
 #[derive(Debug, Clone)]
 pub struct Task {
     kv_head: usize,
     heads: Range<usize>,
     queries: Range<usize>,
+    spans: Range<usize>,
 }
 
 /// Memory of [`attend`], kept between calls so that only the first ones allocate.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Scratch {
     /// One a thread; never contended.
     workers: Vec<Mutex<Memory>>,
+    /// What spans leave, where they are tasks of their own.
+    partials: Lines,
+}
+
+impl std::fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scratch").field("bytes", &self.bytes()).finish()
+    }
 }
 
 impl Scratch {
@@ -113,10 +141,13 @@ impl Scratch {
 
     /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
-        self.workers.iter().map(|work| lock(work).lines.bytes()).sum()
+        self.workers.iter().map(|work| lock(work).lines.bytes()).sum::<usize>() + self.partials.bytes()
     }
 
-    fn grow(&mut self, threads: usize, floats: usize) -> Result<()> {
+    fn grow(&mut self, threads: usize, floats: usize, partials: usize) -> Result<()> {
+        if self.partials.bytes() < partials * size_of::<f32>() {
+            self.partials = Lines::new("attention scratch", partials, size_of::<f32>())?;
+        }
         self.workers.resize_with(self.workers.len().max(threads), Mutex::default);
         for work in &mut self.workers[..threads] {
             let work = work.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -171,39 +202,54 @@ pub fn attend(
         return Ok(());
     }
     let group = shape.heads / shape.kv_heads;
-    let (heads, queries) = task_size(pool.threads(), shape.kv_heads, group, n);
+    let past = cache.len() - n;
+    let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
+    let spans = first / SPAN..cache.len().div_ceil(SPAN);
+    let Cut { heads, queries, spans: span_pieces } =
+        cut(pool.threads(), shape.kv_heads, group, n, spans.len());
     let pieces = group.div_ceil(heads);
     let blocks = n.div_ceil(queries);
-    let tasks = blocks * shape.kv_heads * pieces;
+    let parts = shape.kv_heads * pieces * span_pieces;
+    let tasks = blocks * parts;
     let threads = pool.threads().min(tasks);
-    scratch.grow(threads, block::floats(shape.head_dim))?;
+    // Room for the spans of the cache's whole memory: it then grows when the cache does, not with every span.
+    let partial = block::partial(cache.padded_dim());
+    let room = n * shape.heads * cache.capacity().div_ceil(SPAN) * partial;
+    scratch.grow(threads, block::floats(shape.head_dim), if span_pieces > 1 { room } else { 0 })?;
+    let Scratch { workers, partials } = scratch;
+    let rows = n * shape.heads;
     let call = Call {
         shape: *shape,
         cache,
         q,
         q_stride,
-        past: cache.len() - n,
+        past,
+        partials: (span_pieces > 1)
+            .then(|| Columns::new(partials.elements_mut(), rows * spans.len(), partial, 0, partial)),
+        spans: spans.clone(),
         out: Columns::new(out, n, width, 0, width),
     };
     // The last queries see the most keys. Starting with them, and giving each thread the next task when it is ready for it,
     // keeps all threads busy to the end; which thread computes a task does not change it.
     let next = AtomicUsize::new(0);
     let work_off = |worker: usize| {
-        let mut work = lock(&scratch.workers[worker]);
+        let mut work = lock(&workers[worker]);
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= tasks {
                 break;
             }
-            let (block, part) =
-                (blocks - 1 - index / (shape.kv_heads * pieces), index % (shape.kv_heads * pieces));
+            let (block, part) = (blocks - 1 - index / parts, index % parts);
+            let (part, span) = (part / span_pieces, part % span_pieces);
             let (kv_head, piece) = (part / pieces, part % pieces);
+            let span_at = |i: usize| spans.start + spans.len() * i / span_pieces;
             let task = Task {
                 kv_head,
                 heads: kv_head * group + piece * heads..kv_head * group + group.min((piece + 1) * heads),
                 queries: block * queries..n.min((block + 1) * queries),
+                spans: span_at(span)..span_at(span + 1),
             };
-            // SAFETY: no two indices share both a query and a head.
+            // SAFETY: no two indices share a query, a head and a span.
             unsafe { kernel.run(&call, task, &mut work) }
         }
     };
@@ -216,18 +262,37 @@ pub fn attend(
             }
         });
     }
+    if let Some(partials) = call.partials {
+        // SAFETY: all tasks are done, and this is the only thread now.
+        unsafe { kernel.merge(&call, partials, 0..rows, &mut lock(&workers[0])) }
+    }
     Ok(())
 }
 
-/// Heads and queries of a task.
-fn task_size(threads: usize, kv_heads: usize, group: usize, n: usize) -> (usize, usize) {
+/// How the work is cut into tasks.
+struct Cut {
+    /// Heads of a task.
+    heads: usize,
+    /// Queries of a task.
+    queries: usize,
+    /// Tasks that the spans are dealt out to.
+    spans: usize,
+}
+
+/// Chooses the tasks; any choice gives the same bits.
+fn cut(threads: usize, kv_heads: usize, group: usize, n: usize, spans: usize) -> Cut {
     let wanted = if threads == 1 { 1 } else { threads * TASKS_PER_THREAD };
     let heads = group.min(TASK_ROWS);
     let queries = (TASK_ROWS / heads).min(n);
-    // Too few tasks, as in decode: heads are taken apart, though they then load their shared keys more than once.
     let tasks = kv_heads * n.div_ceil(queries) * group.div_ceil(heads);
-    let heads = if tasks < wanted { heads.div_ceil(wanted.div_ceil(tasks)) } else { heads };
-    (heads, queries)
+    if tasks >= wanted {
+        return Cut { heads, queries, spans: 1 };
+    }
+    // Too few tasks, as in decode. Spans are taken apart first, for that costs only the merge; then heads, though they load
+    // their shared keys more than once.
+    let pieces = wanted.div_ceil(tasks).min(spans);
+    let heads = heads.div_ceil(wanted.div_ceil(tasks * pieces));
+    Cut { heads, queries, spans: pieces }
 }
 
 /// Checks the arguments of [`attend`] and returns the width of a row of the output.

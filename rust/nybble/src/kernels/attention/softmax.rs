@@ -27,6 +27,41 @@ impl Running {
     pub(super) const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, fade: 1.0 };
 }
 
+/// Adds a span's weighted values and running softmax to those of the spans before it.
+///
+/// A span without a visible key changes nothing, and the first one with some is taken over as it is.
+pub(super) struct Merge<'a> {
+    pub(super) sums: &'a mut [f32],
+    pub(super) running: &'a mut Running,
+    pub(super) span_sums: &'a [f32],
+    pub(super) span: Running,
+}
+
+impl Work for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { sums, running, span_sums, span } = self;
+        if span.max == f32::NEG_INFINITY {
+            return;
+        }
+        if running.max == f32::NEG_INFINITY {
+            sums.copy_from_slice(span_sums);
+            *running = span;
+            return;
+        }
+        let max = if span.max > running.max { span.max } else { running.max };
+        let (old, new) = (exp(running.max - max), exp(span.max - max));
+        let n = sums.len();
+        assert_eq!(span_sums.len(), n, "both of one length");
+        for i in 0..n {
+            sums[i] = sums[i] * old + span_sums[i] * new;
+        }
+        *running = Running { max, sum: running.sum * old + span.sum * new, fade: 1.0 };
+    }
+}
+
 /// `score = cap * tanh(score / cap)`.
 pub(super) struct Cap<'a>(pub(super) &'a mut Scores, pub(super) f32);
 
