@@ -19,6 +19,7 @@ pub mod columns;
 pub mod elementwise;
 pub mod f32;
 pub mod norm;
+pub mod peak;
 pub mod quantize;
 pub mod rope;
 pub(crate) mod tiles;
