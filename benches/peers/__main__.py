@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -26,17 +25,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help=f"{names}, or a Hugging Face folder (default: smollm2)")
     add("--engines", type=_words, metavar="A,B", help=f"of {', '.join(ENGINES)} (default: all)")
     add("--formats", type=_words, metavar="A,B", help="parts of format names, any case")
-    add("-t", "--threads", type=_numbers, metavar="N,N", help="thread counts (default: all CPUs, 1)")
+    add(
+        "-t", "--threads", type=_numbers, metavar="N,N", help="thread counts (default: all CPUs, 1)"
+    )
     add("-p", "--n-prompt", type=int, metavar="N", help="prompt length; 0 leaves it out (512)")
     add("-n", "--n-gen", type=int, metavar="N", help="new tokens; 0 leaves it out (128)")
     add("-r", "--repeats", type=int, metavar="N", help="rounds (5)")
-    add("--quick", action="store_true", help="tiny model, pp16, tg4, one round: a test of this tool")
+    add(
+        "--quick", action="store_true", help="tiny model, pp16, tg4, one round: a test of this tool"
+    )
     work = Path(tempfile.gettempdir()) / "peers-work"
     add("--work", type=Path, default=work, help="folder for models and logs (%(default)s)")
     results = rounds.ROOT / "benches" / "results"
     add("--out", type=Path, help=f"folder for CSV and plot ({results}/<cpu>; quick: in --work)")
     add("--note", default="", help="what the record should say about the circumstances")
     add("--timeout", type=float, default=600, help="seconds an engine has to load or run a test")
+    add(
+        "--patience",
+        type=int,
+        default=2,
+        metavar="N",
+        help="times a turn is taken again while other processes are at work (%(default)s)",
+    )
     add(
         "--python",
         action="append",
@@ -109,15 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for threads in counts:
         arms = [rounds.Arm(*arguments) for arguments in ready]
-        # Ours is not part of the load yet.
-        load = f"load average {os.getloadavg()[0]:.2f} before"
-        _say(f"\n{threads} threads, {load}")
+        _say(f"\n{threads} thread{'s' if threads > 1 else ''}")
         setting = rounds.Setting(
-            tests, threads, repeats, logs, options.timeout, bandwidth, _say
+            tests, threads, repeats, logs, options.timeout, options.patience, bandwidth, _say
         )
         rounds.run(arms, setting)
-        note = "; ".join(filter(None, [load, options.note]))
-        rows += rounds.rows(arms, setting, {**common, "note": note})
+        rows += rounds.rows(arms, setting, {**common, "note": options.note})
         for arm in arms:
             if arm.failure is not None:
                 _say(f"no result: {arm.name}, {threads} threads: {arm.failure}")
@@ -146,15 +153,16 @@ def _pythons(parser: argparse.ArgumentParser, pairs: list[str]) -> dict[str, str
     return found
 
 
-def _describe(names: list[str], logs: Path, pythons: dict[str, str]) -> dict[str, dict[str, object]]:
+def _describe(
+    names: list[str], logs: Path, pythons: dict[str, str]
+) -> dict[str, dict[str, object]]:
     """Print which engines are there; return those."""
     found = {}
     for name in (name for name in ENGINES if name in names):
-        try:
-            found[name] = rounds.describe(name, logs, pythons[name])
-            _say(f"{name:18} {found[name]['version']}")
-        except rounds.WorkerError as error:
-            _say(f"{name:18} left out: {error}")
+        answer = rounds.describe(name, logs, pythons[name])
+        if "version" in answer:
+            found[name] = answer
+        _say(f"{name:18} {answer.get('version') or 'left out: ' + answer['reason']}")
     return found
 
 
@@ -211,10 +219,12 @@ def _machine(common: dict[str, str], isa: str) -> str:
 def _foot(rows: list[dict[str, object]]) -> str:
     versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows)
     values = [float(str(row["memory_bandwidth_gbs"])) for row in rows]
+    others = [float(str(row["others_cpus"])) for row in rows]
     notes = dict.fromkeys(str(row["note"]) for row in rows if row["note"])
     return (
         f"{', '.join(versions)}\n{rows[0]['machine']}; memory read at {min(values):.0f} to "
-        f"{max(values):.0f} GB/s\n{' | '.join(notes)}"
+        f"{max(values):.0f} GB/s, "
+        f"other processes used {min(others):.1f} to {max(others):.1f} CPUs\n{' | '.join(notes)}"
     )
 
 

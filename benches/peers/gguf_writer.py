@@ -13,7 +13,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-
 from benches.peers.shapes import tensors
 
 _NAMES = {
@@ -76,7 +75,7 @@ def write(
         stored = f"{prefix}{_NAMES[short]}.{kind}"
         if family == "llama" and short in ("self_attn.q_proj", "self_attn.k_proj"):
             heads = "num_key_value_heads" if "k_proj" in short else "num_attention_heads"
-            values = _interleaved(values, config[heads])  # noqa: PLW2901
+            values = _interleaved(values, config[heads])
         if values.ndim == 1:
             writer.add_tensor(stored, values.astype(np.float32))
             continue

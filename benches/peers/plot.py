@@ -23,11 +23,11 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path, title: str, foot: str) -
     places = _places([engine for engine, _ in bars])
     threads = sorted({row["n_threads"] for row in rows}, reverse=True)
     tests = sorted({row["test"] for row in rows}, key=lambda test: test.startswith("tg"))
-    height = 0.27 * (max(places) + 1) + 0.9
+    height = 0.22 * (max(places) + 1) + 0.7
     figure, panels = plt.subplots(
         len(threads),
         len(tests),
-        figsize=(6.4 * len(tests) + 1.6, height * len(threads) + 1.3),
+        figsize=(5.2 * len(tests) + 1.8, height * len(threads) + 1.2),
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -44,7 +44,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path, title: str, foot: str) -
             unit = "thread" if count == 1 else "threads"
             panel.set_title(f"{what} ({test}), {count} {unit}", fontsize=11, loc="left")
         line[0].set_yticks(places, [f"{engine}  {form}" for engine, form in bars])
-        line[0].invert_yaxis()
+        line[0].set_ylim(max(places) + 0.7, -0.7)  # the first engine on top
         for label, (engine, _) in zip(line[0].get_yticklabels(), bars, strict=True):
             if engine == "nybble":
                 label.set(color=_OURS[4], fontweight="bold")
@@ -54,14 +54,15 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path, title: str, foot: str) -
     figure.legend(
         handles=[Patch(color=_OTHERS[bits], label=_LABELS[bits]) for bits in sorted(used)]
         + [Patch(color=_OURS[4], label="nybble, in the same shades")],
-        loc="outside upper right",
+        loc="outside upper left",
         ncols=4,
         fontsize=9,
         frameon=False,
     )
+    figure.get_layout_engine().set(h_pad=0.1)
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(foot, fontsize=8, color="#555555", x=0.01, ha="left")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
@@ -94,7 +95,7 @@ def _panel(
         colours = _OURS if bar[0] == "nybble" else _OTHERS
         panel.barh(place, row["median_ts"], 0.82, color=colours[_shade(row["weight_bits"])])
         low, high = min(row["samples_ts"]), max(row["samples_ts"])
-        panel.plot([low, high], [place, place], color="black", linewidth=1)
+        panel.plot([low, high], [place, place], color="#111111", linewidth=0.9)
         panel.text(
             high + longest * 0.01,
             place,

@@ -23,7 +23,7 @@ _INTEGERS = (
     "n_threads",
     "peak_rss",
 )
-_FLOATS = ("median_ts", "avg_ts", "stddev_ts", "memory_bandwidth_gbs")
+_FLOATS = ("median_ts", "avg_ts", "stddev_ts", "memory_bandwidth_gbs", "others_cpus")
 
 
 def cpu_folder(isa: str) -> str:

@@ -211,10 +211,10 @@ def _unpack(source: Path, folder: Path) -> None:
     rebuild_companions(checkpoint.gguf_metadata(), config, str(source), folder)
 
 
-def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round to bf16 (to nearest, ties to even), as the bits."""
+def _bf16(values: npt.NDArray[np.float32]) -> bytes:
+    """Round to bf16 (to nearest, ties to even)."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:

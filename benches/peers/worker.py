@@ -68,7 +68,7 @@ def prepare(name: str, form: str, source: str, target: str) -> dict[str, Any]:
 
 
 def serve(
-    name: str, form: str, model: str, threads: str, context: str, answer: Callable[[Any], None]
+    answer: Callable[[Any], None], name: str, form: str, model: str, threads: str, context: str
 ) -> None:
     """Load a model, then time ``{"kind": "prompt" or "generate", "ids": [...]}`` line by line."""
     from benches.peers.engines import ENGINES
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
     elif task == "prepare":
         answer(prepare(*rest))
     else:
-        serve(*rest, answer=answer)  # type: ignore[misc]
+        serve(answer, *rest)
     answers.flush()
     # Some libraries crash in their destructors, after the work is done.
     sys.stderr.flush()

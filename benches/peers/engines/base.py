@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 
-class Unavailable(Exception):  # noqa: N818 - a state of the machine, not a mistake
+class Unavailable(Exception):
     """The engine, or one of its formats, cannot run here; the text says why."""
 
 
@@ -33,7 +33,7 @@ class Format:
 
 
 class Session(ABC):
-    """A loaded model. Every call of `prompt` or `generate` follows a `reset`, which is not timed."""
+    """A loaded model. `prompt` and `generate` are timed; `reset`, called before each, is not."""
 
     #: Bytes of weights it keeps.
     weight_bytes: int
@@ -97,13 +97,11 @@ def installed(*packages: str) -> str:
     Unavailable
         If one of them is missing.
     """
-    found = []
-    for package in packages:
-        try:
-            found.append(metadata.version(package))
-        except metadata.PackageNotFoundError:
-            message = f"the package {package} is not installed"
-            raise Unavailable(message) from None
+    try:
+        found = [metadata.version(package) for package in packages]
+    except metadata.PackageNotFoundError as error:
+        message = f"the package {error.name} is not installed"
+        raise Unavailable(message) from None
     others = [f"{name} {at}" for name, at in zip(packages[1:], found[1:], strict=True)]
     return f"{found[0]} ({', '.join(others)})" if others else found[0]
 

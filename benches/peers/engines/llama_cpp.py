@@ -1,4 +1,4 @@
-"""llama.cpp through its C interface, called from a prebuilt wheel's library: what `llama-bench` times.
+"""llama.cpp through its C interface out of a prebuilt wheel: what `llama-bench` times.
 
 `xllamacpp` and `llama-cpp-python` both carry llama.cpp whole and export its C functions. The
 structures that carry options grow with every release, so none is described here: the library fills

@@ -39,7 +39,7 @@ class OnnxRuntimeGenAI(Engine):
         command += ["-p", precision, "-e", "cpu"]
         # Logits of the last token are all that a prompt needs; every other engine here stops there.
         command += ["--extra_options", "prune_lm_head=true", *extra]
-        subprocess.run(command, check=True)  # noqa: S603 - our own arguments
+        subprocess.run(command, check=True)
 
     def open(self, model: Path, form: str, threads: int, context: int) -> Session:
         """Load the built folder with so many threads."""

@@ -40,9 +40,7 @@ class OpenVINO(Engine):
         else:
             how = {"bits": 4, "group_size": 32, "ratio": 1.0} if form == "int4" else {"bits": 8}
             config = OVConfig(quantization_config=OVWeightQuantizationConfig(sym=True, **how))
-        main_export(
-            str(source), str(target), task="text-generation-with-past", ov_config=config
-        )
+        main_export(str(source), str(target), task="text-generation-with-past", ov_config=config)
 
     def open(self, model: Path, form: str, threads: int, context: int) -> Session:
         """Compile the graph."""

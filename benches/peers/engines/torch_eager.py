@@ -46,7 +46,9 @@ class TorchEager(Engine):
                 if isinstance(module, torch.nn.Linear)
             )
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecated in favour of torchao, still the fast one
+                warnings.simplefilter(
+                    "ignore"
+                )  # deprecated in favour of torchao, still the fast one
                 network = torch.ao.quantization.quantize_dynamic(
                     network, {torch.nn.Linear}, dtype=torch.qint8, inplace=True
                 )
