@@ -116,6 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
         if quick
         else rounds.ROOT / "benches" / "results" / record.cpu_folder(isa)
     )
+    file = out / f"{time.strftime('%Y-%m-%d')}.csv"
+    picture = file.with_name(f"{file.stem}-{rounds.slug(name)}.png")
+    try:
+        record.merge(file, [])  # now, not after an hour's work
+    except (KeyError, ValueError, OSError) as error:
+        parser.error(f"{file}: not a file this tool can add to, move it away: {error!r}")
     rows = []
     for threads in counts:
         arms = [rounds.Arm(*arguments) for arguments in ready]
@@ -124,16 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
             tests, threads, repeats, logs, options.timeout, options.patience, bandwidth, _say
         )
         rounds.run(arms, setting)
-        rows += rounds.rows(arms, setting, {**common, "note": options.note})
+        done = rounds.rows(arms, setting, {**common, "note": options.note})
+        record.merge(file, done)
+        rows += done
         for arm in arms:
             if arm.failure is not None:
                 _say(f"no result: {arm.name}, {threads} threads: {arm.failure}")
     if not rows:
         _say("nothing was measured")
         return 1
-    file = out / f"{time.strftime('%Y-%m-%d')}.csv"
-    record.merge(file, rows)
-    picture = file.with_name(f"{file.stem}-{rounds.slug(name)}.png")
     all_rows = [row for row in record.read(file) if row["model"] == name]
     plot.draw(_ordered(all_rows), picture, f"{name} on {_machine(common, isa)}", _foot(all_rows))
     print(record.table(_ordered(rows)))

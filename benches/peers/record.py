@@ -73,7 +73,8 @@ def merge(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     old = read(file) if file.exists() else []
     kept = [row for row in old if tuple(str(row[key]) for key in _KEY) not in new]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(csv_text([*kept, *(dict(row) for row in rows)]), encoding="utf-8")
+    if rows:
+        file.write_text(csv_text([*kept, *(dict(row) for row in rows)]), encoding="utf-8")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

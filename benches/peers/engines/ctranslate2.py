@@ -19,20 +19,15 @@ class CTranslate2(Engine):
 
     name = "ctranslate2"
     packages = ("ctranslate2",)
-    formats = (
-        Format("int8", 8, "one scale a row, activations rounded to 8 bits while running"),
-        Format("f32", 32, ""),
-    )
+    formats = (Format("int8", 8, "one scale a row, activations rounded to 8 bits while running"),)
     timed = "generate_batch, with its greedy choice of tokens; the context is its own choice"
-
-    _TYPES = {"int8": "int8", "f32": "float32"}  # noqa: RUF012 - a constant
 
     def prepare(self, source: Path, form: str, target: Path) -> None:
         """Run the converter for transformers' models."""
         from ctranslate2.converters import TransformersConverter
 
         converter = TransformersConverter(str(source), low_cpu_mem_usage=True)
-        converter.convert(str(target), quantization=self._TYPES[form], force=True)
+        converter.convert(str(target), quantization=form, force=True)
 
     def open(self, model: Path, form: str, threads: int, context: int) -> Session:
         """Load the converted model."""
@@ -44,7 +39,7 @@ class CTranslate2(Engine):
             device="cpu",
             inter_threads=1,
             intra_threads=threads,
-            compute_type=self._TYPES[form],
+            compute_type=form,
         )
         return _Session(generator, model)
 

@@ -14,7 +14,6 @@ _OPTIONS = {
     # Level 4 rounds activations to 8 bits, as the 8-bit kernels of all others here do.
     "int4": ("int4", "accuracy_level=4", "block_size=32"),
     "int8": ("int8", "accuracy_level=4", "block_size=32"),
-    "f32": ("fp32",),
 }
 
 
@@ -26,7 +25,6 @@ class OnnxRuntimeGenAI(Engine):
     formats = (
         Format("int4", 4, "blocks of 32, symmetric, 4-bit head, activations 8 bits"),
         Format("int8", 8, "blocks of 32, activations 8 bits"),
-        Format("f32", 32, ""),
     )
     timed = "append_tokens and the last token's logits copied to Python"
 

@@ -15,7 +15,11 @@ class TorchEager(Engine):
     name = "torch"
     packages = ("torch", "transformers")
     formats = (
-        Format("int8 dynamic", 8, "quantize_dynamic over the linears; made from f32 while loading"),
+        Format(
+            "int8 dynamic",
+            8,
+            "quantize_dynamic over the linears, made from f32 while loading; one scale a batch",
+        ),
         Format("bf16", 16, ""),
         Format("f32", 32, ""),
     )
