@@ -28,7 +28,6 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def peers():
     """The package, which is not installed."""
-    pytest.importorskip("matplotlib", reason="plots need the bench extra")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         import benches.peers.record
@@ -38,7 +37,14 @@ def peers():
 
 
 @pytest.fixture(scope="module")
-def quick(peers, tiny_folder, tmp_path_factory):
+def plots():
+    """Skip where runs could not end with a plot."""
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed (extras test and bench)")
+
+
+@pytest.fixture(scope="module")
+def quick(peers, plots, tiny_folder, tmp_path_factory):
     """A quick run through nybble: its folders and what it printed."""
     folder = tmp_path_factory.mktemp("peers")
     out = folder / "out"
@@ -99,7 +105,7 @@ def test_prepared_models_are_kept_and_rows_replaced(peers, quick, tiny_folder):
     not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
     reason="torch and transformers are not installed",
 )
-def test_a_peer(peers, tiny_folder, tmp_path):
+def test_a_peer(peers, plots, tiny_folder, tmp_path):
     """Another engine runs in its own process."""
     done = run(
         *("--quick", "--engines", "torch", "--formats", "f32", "--model", str(tiny_folder)),
