@@ -104,7 +104,10 @@ def _write_keys(writer: Any, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 1e4)
     writer.add_rope_freq_base(theta)
-    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
 

@@ -162,15 +162,20 @@ def test_random_shape(shapes, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
-def test_gguf_has_the_same_function(shapes, tmp_path):
-    """What llama.cpp gets computes what the folder computes, read back by our own GGUF reader."""
+@pytest.mark.parametrize(
+    ("family", "tied", "head_dim"), [("llama", False, 0), ("llama", True, 32), ("qwen2", True, 0)]
+)
+def test_gguf_has_the_same_weights(shapes, tmp_path, monkeypatch, family, tied, head_dim):
+    """What llama.cpp gets holds what the folder holds, read back by our own GGUF reader."""
     pytest.importorskip("gguf", reason="the gguf package writes the file")
     import numpy as np
     from benches.peers.gguf_writer import write
 
     from nybble import _nybble
 
-    folder = shapes.make("tiny", tmp_path)
+    shape = shapes.Shape(family, 64, 64, 96, 2, 4, 2, tied=tied, head_dim=head_dim)
+    monkeypatch.setitem(shapes.SHAPES, "smaller", shape)
+    folder = shapes.make("smaller", tmp_path)
     write(folder, tmp_path / "model.gguf", lambda *_: "BF16", None)
     want = _nybble.Checkpoint.open(str(folder))
     found = _nybble.Checkpoint.open(str(tmp_path / "model.gguf"))
