@@ -129,13 +129,20 @@ def main(arguments: list[str] | None = None) -> int:
         setting = rounds.Setting(
             tests, threads, repeats, logs, options.timeout, options.patience, bandwidth, _say
         )
-        rounds.run(arms, setting)
+        stopped = False
+        try:
+            rounds.run(arms, setting)
+        except KeyboardInterrupt:
+            stopped = True
+            _say("stopped; what there is is written")
         done = rounds.rows(arms, setting, {**common, "note": options.note})
         record.merge(file, done)
         rows += done
         for arm in arms:
             if arm.failure is not None:
                 _say(f"no result: {arm.name}, {threads} threads: {arm.failure}")
+        if stopped:
+            break
     if not rows:
         _say("nothing was measured")
         return 1
