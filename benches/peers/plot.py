@@ -54,7 +54,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path, title: str, foot: str) -
     figure.legend(
         handles=[Patch(color=_OTHERS[bits], label=_LABELS[bits]) for bits in sorted(used)]
         + [Patch(color=_OURS[4], label="nybble, in the same shades")],
-        loc="outside upper left",
+        loc="outside upper right",
         ncols=4,
         fontsize=9,
         frameon=False,
