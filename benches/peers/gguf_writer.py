@@ -1,0 +1,119 @@
+"""A Hugging Face folder of a Llama or Qwen2 as a GGUF file, without a vocabulary.
+
+llama.cpp's own converter is part of its source tree and of no wheel. The benchmark feeds token ids,
+so the file says that it has no vocabulary, which the format provides for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from benches.peers.shapes import tensors
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def write(
+    source: Path,
+    file: Path,
+    pick: Callable[[str, int, int, bool], str],
+    quantize: Callable[[Any, int, int], Any],
+) -> None:
+    """Write `file` from the folder `source`.
+
+    Parameters
+    ----------
+    source
+        A Hugging Face folder.
+    file
+        The file to write.
+    pick
+        From a matrix' name, its columns, the model's layers and whether the head is the embedding,
+        makes the name of its type.
+    quantize
+        From rows of floats, the number of a type and the bytes of a row, makes rows of bytes.
+
+    Raises
+    ------
+    ValueError
+        If the model is of another family.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    family = config["model_type"]
+    if family not in ("llama", "qwen2"):
+        message = f"{source}: expected a llama or qwen2, found {family}"
+        raise ValueError(message)
+    writer = gguf.GGUFWriter(str(file), family, use_temp_file=True)  # else all of it is in memory
+    _write_keys(writer, config)
+    tied = bool(config.get("tie_word_embeddings"))
+    for name, values in tensors(source):
+        if tied and name == "lm_head.weight":
+            continue
+        short, kind = name.rsplit(".", 1)
+        prefix = ""
+        if short.startswith("model.layers."):
+            _, _, layer, short = short.split(".", 3)
+            prefix = f"blk.{layer}."
+        stored = f"{prefix}{_NAMES[short]}.{kind}"
+        if family == "llama" and short in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads = "num_key_value_heads" if "k_proj" in short else "num_attention_heads"
+            values = _interleaved(values, config[heads])
+        if values.ndim == 1:
+            writer.add_tensor(stored, values.astype(np.float32))
+            continue
+        cols = values.shape[1]
+        kind = gguf.GGMLQuantizationType[pick(stored, cols, config["num_hidden_layers"], tied)]
+        if kind == gguf.GGMLQuantizationType.BF16:
+            rows = gguf.quantize(values, kind)
+        else:
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            rows = quantize(np.ascontiguousarray(values), int(kind), cols // block * size)
+        writer.add_tensor(stored, rows, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_keys(writer: Any, config: dict[str, Any]) -> None:
+    heads = config["num_attention_heads"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 1e4)
+    writer.add_rope_freq_base(theta)
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+def _interleaved(values: Any, heads: int) -> Any:
+    """Reorder the rows of rotated heads: this format keeps the halves of a head interleaved."""
+    rows, cols = values.shape
+    halves = values.reshape(heads, 2, rows // heads // 2, cols)
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, cols))
