@@ -10,8 +10,10 @@
 //! core.
 //!
 //! **Workers are woken once.** Waking a parked thread costs about 6 us, noticing a change of an atomic 0.1 us. While a
-//! [`Pool::region`] is open, workers never park: they poll for [`SPIN`], and then give the core away between looks
-//! (`yield_now`), so that an oversubscribed machine loses little. A forward pass is one region. After its end they spin for
+//! [`Pool::region`] is open, workers poll: for [`SPIN`], and then giving the core away between looks (`yield_now`), so that
+//! an oversubscribed machine loses little. A forward pass is one region, and never makes them wait for longer than that,
+//! unless the system has stopped the caller. After [`PATIENCE`] they take that to be so and park; the next phase wakes them,
+//! which on a crowded machine makes the system run them at the same time as the caller. After a region's end they spin for
 //! [`SPIN`] once more, in case the next token follows at once, and park. Between requests they cost nothing.
 //!
 //! # The claim
@@ -33,8 +35,8 @@
 //! - *Results* that a chunk wrote reach the caller by the same pair of `done`, and what the caller wrote before a phase
 //!   reaches the chunks by the word.
 //! - *No wake-up is lost*, twice by the same argument: both sides store their own flag and then load the other's, all
-//!   `SeqCst`, so at least one sees the other. A worker stores `parked` and then reads `open`, a caller adds to `open` and
-//!   then reads `parked`. A caller stores `waiting` and then reads `done`, a worker adds to `done` and then reads `waiting`.
+//!   `SeqCst`, so at least one sees the other. A worker stores `parked` and then reads the word, a caller stores the word
+//!   and then reads `parked`. A caller stores `waiting` and then reads `done`, a worker adds to `done` and then reads `waiting`.
 //!
 //! # What results depend on
 //!
@@ -61,6 +63,9 @@ use crate::error::{Error, Result};
 
 /// How long an idle worker, or a caller waiting for a chunk under way, spins before it gives its core away.
 pub const SPIN: Duration = Duration::from_micros(50);
+
+/// How long an idle worker gives its core away between looks, in a region, before it parks.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// Most threads a pool takes; more is a mistake in the request.
 pub const MAX_THREADS: usize = 512;
@@ -131,7 +136,7 @@ struct Done {
 struct Shared {
     phase: Phase,
     done: Done,
-    /// Open regions; while there are any, workers do not park.
+    /// Open regions; while there are any, workers do not park at once.
     open: AtomicUsize,
     stop: AtomicBool,
     /// Whether the worker of that index is (about to be) parked.
@@ -280,7 +285,6 @@ impl Pool {
             return;
         }
         let turn = lock(&crew.running);
-        let open = (shared.open.load(Ordering::Relaxed) == 0).then(|| Open::new(crew));
         // SAFETY: the reference is stored under a longer lifetime than it has. It is used only for claimed chunks that are
         // not yet counted as done; this function waits until all are, and nothing in between unwinds (chunks run under
         // `catch_unwind`), so the borrow is alive throughout.
@@ -288,7 +292,8 @@ impl Pool {
         // SAFETY: this thread holds `running` and the last phase is over, so nobody reads the slot.
         unsafe { *shared.phase.job.get() = Some(job) };
         shared.done.chunks.store(0, Ordering::Relaxed);
-        shared.phase.word.store(Word::new(chunks).0, Ordering::Release);
+        shared.phase.word.store(Word::new(chunks).0, Ordering::SeqCst);
+        crew.wake();
         let outer = WORKING.replace(shared);
         let mut own = 0;
         while shared.work_once() {
@@ -297,7 +302,7 @@ impl Pool {
         WORKING.set(outer);
         shared.await_done(chunks - own);
         let payload = shared.panicked.swap(false, Ordering::Relaxed).then(|| lock(&shared.payload).take());
-        drop((open, turn));
+        drop(turn);
         if let Some(payload) = payload {
             resume_unwind(payload.unwrap_or_else(|| Box::new("a job panicked")));
         }
@@ -379,6 +384,16 @@ impl Crew {
         let workers = handles.iter().map(|handle| handle.thread().clone()).collect();
         Self { pid, shared, workers, handles, running: Mutex::new(()) }
     }
+
+    /// Wakes the workers that are parked.
+    fn wake(&self) {
+        for (parked, worker) in self.shared.parked.iter().zip(&self.workers) {
+            // Whoever wakes a worker takes the flag down, so that one wake-up is paid for and not one a phase.
+            if parked.load(Ordering::SeqCst) && parked.swap(false, Ordering::SeqCst) {
+                worker.unpark();
+            }
+        }
+    }
 }
 
 /// An open region; closed when dropped.
@@ -386,20 +401,15 @@ struct Open<'a>(&'a Crew);
 
 impl<'a> Open<'a> {
     fn new(crew: &'a Crew) -> Self {
-        crew.shared.open.fetch_add(1, Ordering::SeqCst);
-        for (parked, worker) in crew.shared.parked.iter().zip(&crew.workers) {
-            // Whoever wakes a worker takes the flag down, so that one wake-up is paid for and not one a phase.
-            if parked.load(Ordering::SeqCst) && parked.swap(false, Ordering::SeqCst) {
-                worker.unpark();
-            }
-        }
+        crew.shared.open.fetch_add(1, Ordering::Relaxed);
+        crew.wake();
         Self(crew)
     }
 }
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.shared.open.fetch_sub(1, Ordering::SeqCst);
+        self.0.shared.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -440,27 +450,24 @@ impl Shared {
 
     /// Returns when there is something to claim, or when the pool ends.
     fn await_phase(&self, index: usize) {
-        let ready = || {
-            Word(self.phase.word.load(Ordering::Relaxed)).chunk().is_some()
-                || self.stop.load(Ordering::Relaxed)
-        };
-        while !spin(ready) {
-            while self.open.load(Ordering::Relaxed) > 0 {
-                if ready() {
+        let ready =
+            |order| Word(self.phase.word.load(order)).chunk().is_some() || self.stop.load(Ordering::Relaxed);
+        let soon = || ready(Ordering::Relaxed);
+        while !spin(soon) {
+            let start = Instant::now();
+            while self.open.load(Ordering::Relaxed) > 0 && start.elapsed() < PATIENCE {
+                if soon() {
                     return;
                 }
                 std::thread::yield_now();
             }
-            // The region may just have ended: the next token's is given the time of one spin to begin.
-            if spin(|| ready() || self.open.load(Ordering::Relaxed) > 0) {
-                continue;
+            // If the region has just ended, the next token's is given the time of one spin to begin.
+            if spin(soon) {
+                return;
             }
             let parked = &self.parked[index - 1];
             parked.store(true, Ordering::SeqCst);
-            while self.open.load(Ordering::SeqCst) == 0
-                && !self.stop.load(Ordering::SeqCst)
-                && parked.load(Ordering::SeqCst)
-            {
+            while parked.load(Ordering::SeqCst) && !ready(Ordering::SeqCst) {
                 std::thread::park();
             }
             parked.store(false, Ordering::SeqCst);

@@ -147,11 +147,21 @@ fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
         norm.rows(run, &s.h, &mut s.xb);
         std::mem::swap(&mut s.h, &mut s.xb);
     }
-    run.kernels.elementwise.add_assign(&mut s.x, &s.h);
+    add(run, &mut s.x, &s.h);
     if let Some(norm) = &block.after {
         norm.rows(run, &s.x, &mut s.xb);
         std::mem::swap(&mut s.x, &mut s.xb);
     }
+}
+
+/// `x += y`, on several threads when there is much of it.
+fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
+    const MUCH: usize = 1 << 15;
+    let elementwise = run.kernels.elementwise;
+    if x.len() < MUCH {
+        return elementwise.add_assign(x, y);
+    }
+    run.pool.split_rows(x, 1, &|first, part| elementwise.add_assign(part, &y[first..first + part.len()]));
 }
 
 /// `h = out(softmax(scale * q kᵀ) v)` with `[q | k | v] = qkv(xb)`, over the cached keys and values and the new ones.
