@@ -5,7 +5,7 @@
 //! instruction alone reaches. A few rows (drafts to verify) should cost little more than one.
 //!
 //! ```text
-//! cargo bench -p nybble --bench roofline [-- --csv FILE] [--quick] [--filter TEXT]
+//! cargo bench -p nybble --bench roofline [-- --csv FILE] [--quick] [--filter TEXT] [--rows 1,128]
 //! ```
 //!
 //! `NYBBLE_THREADS` sets the threads, `--quick` runs everything once and small. Criterion's benches (`kernels.rs`) watch single
@@ -30,16 +30,22 @@ struct Settings {
     quick: bool,
     csv: Option<String>,
     filter: String,
+    rows: Vec<usize>,
 }
 
 fn settings() -> Settings {
-    let mut found = Settings { quick: false, csv: None, filter: String::new() };
+    let mut found =
+        Settings { quick: false, csv: None, filter: String::new(), rows: vec![1, 2, 4, 8, 16, 128] };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
             "--quick" | "--test" => found.quick = true,
             "--csv" => found.csv = words.next(),
             "--filter" => found.filter = words.next().unwrap_or_default(),
+            "--rows" => {
+                let list = words.next().unwrap_or_default();
+                found.rows = list.split(',').map(|n| n.parse().expect("--rows takes numbers")).collect();
+            }
             _ => {} // `--bench`, which cargo adds
         }
     }
@@ -134,7 +140,7 @@ fn main() {
                 let probe = if settings.quick { 1 << 20 } else { 512 << 20 };
                 let bandwidth = read_bandwidth(&pool, probe) / 1e9;
                 let peak = peak::int8_products(&pool, isa).map(|rate| rate / 1e9);
-                for rows in [1, 2, 4, 8, 16, 128] {
+                for &rows in &settings.rows {
                     // Many rows take long enough with one matrix.
                     let matrices = if rows > 16 { &matrices[..1] } else { &matrices[..] };
                     let time = seconds(&pool, *kernel, matrices, rows, repeats);

@@ -10,7 +10,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
+use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
 use crate::pack::Layout;
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W4, 4, block);
@@ -62,6 +62,9 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                 }
             }
             for _ in 0..tile.steps_of(g) {
+                if tile.cold {
+                    fetch_ahead::<STEP>(weights);
+                }
                 let mut pairs = [[_mm256_setzero_si256(); 2]; M];
                 for chunk in 0..chunks {
                     let packed = weights.add(64 * chunk).cast::<__m256i>();

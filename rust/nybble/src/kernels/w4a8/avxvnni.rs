@@ -9,7 +9,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
+use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
 use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(AvxVnni, Isa::AvxVnni, Layout::W4, 4, block);
@@ -56,6 +56,9 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
                 }
             }
             for _ in 0..tile.steps_of(g) {
+                if tile.cold {
+                    fetch_ahead::<STEP>(weights);
+                }
                 for chunk in 0..4 {
                     let packed = weights.add(64 * chunk).cast::<__m256i>();
                     let w = [_mm256_loadu_si256(packed), _mm256_loadu_si256(packed.add(1))];

@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
+use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
 use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W8, 4, block);
@@ -50,7 +50,10 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
         unsafe {
             weights = weights.add(tile.header());
             let mut sums = [[_mm256_setzero_si256(); 2]; M];
-            for _ in 0..8 * tile.steps_of(g) {
+            for chunk in 0..8 * tile.steps_of(g) {
+                if tile.cold && chunk % 8 == 0 {
+                    fetch_ahead::<STEP>(weights);
+                }
                 let chunk = weights.cast::<__m256i>();
                 let w = [_mm256_loadu_si256(chunk), _mm256_loadu_si256(chunk.add(1))];
                 let magnitude = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];

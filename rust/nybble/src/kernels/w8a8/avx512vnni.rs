@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel, opaque};
+use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
 use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx512Vnni, Isa::Avx512Vnni, Layout::W8, 8, block);
@@ -56,6 +56,9 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
                 even[m] = _mm512_sub_epi32(even[m], _mm512_mullo_epi32(zero, x_sum));
             }
             for _ in 0..tile.steps_of(g) {
+                if tile.cold {
+                    fetch_ahead::<STEP>(weights);
+                }
                 for chunk in 0..8 {
                     let w = _mm512_loadu_si512(weights.add(64 * chunk).cast());
                     let w = _mm512_xor_si512(w, sign);
