@@ -137,7 +137,7 @@ pub(crate) unsafe fn walk<const MAX: usize>(
 /// row reads a fifth to a third more a second. 1 KiB ahead gains a little less, 4 KiB nothing with two threads.
 ///
 /// Nothing on ARM, where the instruction has no stable form and nothing was measured.
-#[inline(always)]
+#[inline]
 pub(crate) fn fetch_ahead<const STEP: usize>(weights: *const u8) {
     #[cfg(target_arch = "x86_64")]
     for line in 0..=STEP.div_ceil(64) {
