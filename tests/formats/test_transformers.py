@@ -108,6 +108,15 @@ def test_transformers_loads_symmetric_linears(source, tmp_path, bits, group):
     assert np.abs(ours - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
+def test_transformers_loads_zero_points_in_sixteenths(source, tmp_path):
+    recipe = {"weights": {"symmetric": False}, "activations": {"bits": 16}, **FLOAT_TABLES}
+    out = compress(source, tmp_path / "out", **recipe)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = list(range(3, 33))
+    found, wanted = nybble.load(out, kv="f32").forward(ids), logits(model, ids)
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("strategy", ["group", "token"])
 def test_transformers_loads_rounded_activations(source, tmp_path, strategy):
     out = compress(

@@ -15,10 +15,12 @@ What readers do with it, as found out by trying (compressed-tensors 0.20, transf
   zero points compressed-tensors neither packs nor unpacks; their type is its ``zp_dtype``. (What
   else the strategy stands for, a scale for the whole tensor, is 1 and not stored.) It reads them as
   they are meant.
-* transformers loads symmetric linears in every combination. It packs no zero points when it
-  prepares an empty model, so asymmetric ones load with ``dequantize=True`` only, which in turn
-  knows a single scheme. It loads no quantized ``Embedding`` (it wants to initialise a weight that
-  is not there). A folder for transformers therefore has symmetric weights and a 16-bit embedding.
+* transformers loads symmetric linears in every combination, and 4-bit ones with zero points in
+  sixteenths (it says that the tensor's scale is missing, and does not use it). Zero points at whole
+  codes it does not pack when it prepares an empty model, so those load with ``dequantize=True``
+  only, which in turn knows a single scheme. It loads no quantized ``Embedding`` (it wants to
+  initialise a weight that is not there). A folder for transformers therefore has a 16-bit embedding
+  and head.
 * A head that shares the embedding's matrix is not stored; it is listed under ``ignore``.
 * The linears of GPT-2 are of class ``Conv1D`` there, which compressed-tensors does not match. They
   are stored as ``[outputs, inputs]`` like all others, whatever the plain weight's order.
