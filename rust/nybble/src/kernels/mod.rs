@@ -25,6 +25,8 @@ pub mod rope;
 pub(crate) mod tiles;
 pub mod w4a8;
 pub mod w8a8;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
 
 use std::ops::Range;
 

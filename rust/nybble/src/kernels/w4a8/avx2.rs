@@ -11,6 +11,7 @@ use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
 use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
+use crate::kernels::x86;
 use crate::pack::Layout;
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W4, 4, block);
@@ -53,7 +54,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                 let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(m * x.groups + g));
                 for half in 0..2 {
                     let offset = if ASYMMETRIC {
-                        let zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()));
+                        let zero = x86::zero_points(header, true, half);
                         _mm256_mullo_epi32(zero, x_sum)
                     } else {
                         _mm256_slli_epi32::<7>(x_sum) // times MIDDLE
@@ -92,23 +93,11 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                 weights = weights.add(STEP);
                 codes = codes.add(32);
             }
-            let scales = header.cast::<__m128i>();
-            let scales =
-                [_mm256_cvtph_ps(_mm_loadu_si128(scales)), _mm256_cvtph_ps(_mm_loadu_si128(scales.add(1)))];
+            let scales = x86::scales(header);
             for m in 0..M {
-                let x_scale = _mm256_set1_ps(*x.scales.get_unchecked(m * x.groups + g));
-                for half in 0..2 {
-                    let scale = _mm256_mul_ps(scales[half], x_scale);
-                    y[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][half]), scale, y[m][half]);
-                }
+                x86::finish_group(&mut y[m], sums[m], scales, *x.scales.get_unchecked(m * x.groups + g));
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(&y) {
-        // SAFETY: an output is 16 floats.
-        unsafe {
-            _mm256_storeu_ps(out.as_mut_ptr(), y[0]);
-            _mm256_storeu_ps(out.as_mut_ptr().add(8), y[1]);
-        }
-    }
+    x86::store(out, &y);
 }

@@ -12,6 +12,7 @@ use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
 use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
+use crate::kernels::x86;
 use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W8, 4, block);
@@ -73,7 +74,7 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                     let at = m * x.groups + g;
                     let mut sum = sums[m][half];
                     if ASYMMETRIC {
-                        let zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()));
+                        let zero = x86::zero_points(header, true, half);
                         let zero = _mm256_sub_epi32(zero, _mm256_set1_epi32(MIDDLE));
                         let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(at));
                         sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zero, x_sum));
@@ -84,11 +85,5 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(&y) {
-        // SAFETY: an output is 16 floats.
-        unsafe {
-            _mm256_storeu_ps(out.as_mut_ptr(), y[0]);
-            _mm256_storeu_ps(out.as_mut_ptr().add(8), y[1]);
-        }
-    }
+    x86::store(out, &y);
 }

@@ -6,7 +6,8 @@ use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
 use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
-use crate::pack::{Layout, MIDDLE};
+use crate::kernels::x86;
+use crate::pack::Layout;
 
 int_matmul_kernel!(AvxVnni, Isa::AvxVnni, Layout::W8, 4, block);
 
@@ -41,11 +42,7 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             weights = weights.add(tile.header());
             let mut sums = [[_mm256_setzero_si256(); 2]; M];
             for half in 0..2 {
-                let zero = if tile.asymmetric {
-                    _mm256_cvtepu8_epi32(_mm_loadl_epi64(header.add(32 + 8 * half).cast()))
-                } else {
-                    _mm256_set1_epi32(MIDDLE)
-                };
+                let zero = x86::zero_points(header, tile.asymmetric, half);
                 for (m, sums) in sums.iter_mut().enumerate() {
                     let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(m * x.groups + g));
                     sums[half] = _mm256_sub_epi32(sums[half], _mm256_mullo_epi32(zero, x_sum));
@@ -70,23 +67,11 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
                 weights = weights.add(STEP);
                 codes = codes.add(32);
             }
-            let scales = header.cast::<__m128i>();
-            let scales =
-                [_mm256_cvtph_ps(_mm_loadu_si128(scales)), _mm256_cvtph_ps(_mm_loadu_si128(scales.add(1)))];
+            let scales = x86::scales(header);
             for m in 0..M {
-                let x_scale = _mm256_set1_ps(*x.scales.get_unchecked(m * x.groups + g));
-                for half in 0..2 {
-                    let scale = _mm256_mul_ps(scales[half], x_scale);
-                    y[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][half]), scale, y[m][half]);
-                }
+                x86::finish_group(&mut y[m], sums[m], scales, *x.scales.get_unchecked(m * x.groups + g));
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(&y) {
-        // SAFETY: an output is 16 floats.
-        unsafe {
-            _mm256_storeu_ps(out.as_mut_ptr(), y[0]);
-            _mm256_storeu_ps(out.as_mut_ptr().add(8), y[1]);
-        }
-    }
+    x86::store(out, &y);
 }
