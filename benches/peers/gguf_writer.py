@@ -15,21 +15,6 @@ import gguf
 import numpy as np
 from benches.peers.shapes import tensors
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-
 
 def write(
     source: Path,
@@ -64,17 +49,17 @@ def write(
     writer = gguf.GGUFWriter(str(file), family, use_temp_file=True)  # else all of it is in memory
     _write_keys(writer, config)
     tied = bool(config.get("tie_word_embeddings"))
+    arch = gguf.MODEL_ARCH.LLAMA if family == "llama" else gguf.MODEL_ARCH.QWEN2
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, values in tensors(source):
         if tied and name == "lm_head.weight":
             continue
-        short, kind = name.rsplit(".", 1)
-        prefix = ""
-        if short.startswith("model.layers."):
-            _, _, layer, short = short.split(".", 3)
-            prefix = f"blk.{layer}."
-        stored = f"{prefix}{_NAMES[short]}.{kind}"
-        if family == "llama" and short in ("self_attn.q_proj", "self_attn.k_proj"):
-            heads = "num_key_value_heads" if "k_proj" in short else "num_attention_heads"
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            message = f"{source}: {name}: no such tensor in a {family}"
+            raise ValueError(message)
+        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = "num_key_value_heads" if "k_proj" in name else "num_attention_heads"
             values = _interleaved(values, config[heads])
         if values.ndim == 1:
             writer.add_tensor(stored, values.astype(np.float32))

@@ -3,6 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use super::tiles::Outputs;
 use crate::pack::MIDDLE;
 
 /// Adds to each 32-bit lane of `sum` the dot product of its four bytes in `w` with the four bytes of lane `LANE` of `x`.
@@ -95,5 +96,17 @@ pub(crate) unsafe fn finish_group<const SHIFT: i32>(
         let sum =
             vmlsq_s32(vshlq_n_s32::<SHIFT>(sum), vsubq_s32(zero, vdupq_n_s32(bias)), vdupq_n_s32(x_sum));
         *y = vfmaq_f32(*y, vcvtq_f32_s32(sum), vmulq_n_f32(scale, x_scale));
+    }
+}
+
+/// Writes the rows' outputs.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn store(out: &mut [Outputs], y: &[[float32x4_t; 4]]) {
+    for (out, y) in out.iter_mut().zip(y) {
+        for (q, y) in y.iter().enumerate() {
+            // SAFETY: an output is 16 floats.
+            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * q), *y) }
+        }
     }
 }

@@ -203,4 +203,17 @@ macro_rules! int_matmul_kernel {
     };
 }
 
-pub(crate) use int_matmul_kernel;
+/// A kernel's `block`: its `rows` with the number of rows as a constant.
+macro_rules! block_by_rows {
+    ($features:literal, $rows:ident, [$($n:literal),+], $most:literal) => {
+        #[target_feature(enable = $features)]
+        fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+            match out.len() {
+                $($n => $rows::<$n>(tile, x, out),)+
+                _ => $rows::<$most>(tile, x, out),
+            }
+        }
+    };
+}
+
+pub(crate) use {block_by_rows, int_matmul_kernel};

@@ -407,6 +407,30 @@ mod tests {
     }
 
     #[test]
+    fn zero_points_are_where_strategy_and_type_say() {
+        let read = |strategy: &str, dtype: &str, bits: u32| {
+            let mut config = config();
+            let weights = &mut config["quantization_config"]["config_groups"]["group_0"]["weights"];
+            weights["symmetric"] = json!(false);
+            weights["strategy"] = json!(strategy);
+            weights["zp_dtype"] = json!(dtype);
+            weights["num_bits"] = json!(bits);
+            let quantization = Quantization::read(&config).map_err(|error| error.to_string())?;
+            Ok::<_, String>(
+                quantization.expect("there").scheme("x", &["Linear"]).expect("by class").weights.zeros,
+            )
+        };
+        assert_eq!(read("group", "torch.int8", 4), Ok(ZeroPoints::Packed));
+        assert_eq!(read("tensor_group", "torch.int8", 8), Ok(ZeroPoints::Bytes));
+        for dtype in ["torch.float16", "torch.bfloat16", "torch.float32"] {
+            assert_eq!(read("tensor_group", dtype, 4), Ok(ZeroPoints::Fractions));
+            let message = read("tensor_group", dtype, 8).expect_err("tiles hold whole codes");
+            assert!(message.contains(dtype) && message.contains("8-bit"), "{message}");
+        }
+        assert!(read("tensor_group", "torch.float8_e4m3fn", 4).is_err_and(|m| m.contains("float8_e4m3fn")));
+    }
+
+    #[test]
     fn what_cannot_be_computed_is_refused_by_name() {
         assert!(Quantization::read(&json!({"hidden_size": 3})).expect("plain").is_none());
         let group = "/quantization_config/config_groups/group_0";

@@ -8,26 +8,14 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
+use crate::kernels::tiles::{Outputs, Rows, Tile, block_by_rows, fetch_ahead, int_matmul_kernel, opaque};
 use crate::pack::{Layout, MIDDLE};
 
 int_matmul_kernel!(Avx512Vnni, Isa::Avx512Vnni, Layout::W4, 8, block);
 
 const STEP: usize = Layout::W4.step_bytes();
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    match out.len() {
-        1 => rows::<1>(tile, x, out),
-        2 => rows::<2>(tile, x, out),
-        3 => rows::<3>(tile, x, out),
-        4 => rows::<4>(tile, x, out),
-        5 => rows::<5>(tile, x, out),
-        6 => rows::<6>(tile, x, out),
-        7 => rows::<7>(tile, x, out),
-        _ => rows::<8>(tile, x, out),
-    }
-}
+block_by_rows!("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c", rows, [1, 2, 3, 4, 5, 6, 7], 8);
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {

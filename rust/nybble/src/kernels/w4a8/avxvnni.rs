@@ -9,7 +9,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
+use crate::kernels::tiles::{Outputs, Rows, Tile, block_by_rows, fetch_ahead, int_matmul_kernel, opaque};
 use crate::kernels::x86;
 use crate::pack::Layout;
 
@@ -17,15 +17,7 @@ int_matmul_kernel!(AvxVnni, Isa::AvxVnni, Layout::W4, 4, block);
 
 const STEP: usize = Layout::W4.step_bytes();
 
-#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
-fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    match out.len() {
-        1 => rows::<1>(tile, x, out),
-        2 => rows::<2>(tile, x, out),
-        3 => rows::<3>(tile, x, out),
-        _ => rows::<4>(tile, x, out),
-    }
-}
+block_by_rows!("avxvnni,avx2,fma,f16c", rows, [1, 2, 3], 4);
 
 #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
 fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {

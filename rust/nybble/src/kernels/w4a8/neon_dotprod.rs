@@ -9,23 +9,15 @@
 use std::arch::aarch64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::arm::{finish_group, sdot_lane};
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel};
+use crate::kernels::arm::{finish_group, sdot_lane, store};
+use crate::kernels::tiles::{Outputs, Rows, Tile, block_by_rows, int_matmul_kernel};
 use crate::pack::Layout;
 
 int_matmul_kernel!(NeonDotprod, Isa::NeonDotprod, Layout::W4, 4, block);
 
 const STEP: usize = Layout::W4.step_bytes();
 
-#[target_feature(enable = "neon,dotprod")]
-fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    match out.len() {
-        1 => rows::<1>(tile, x, out),
-        2 => rows::<2>(tile, x, out),
-        3 => rows::<3>(tile, x, out),
-        _ => rows::<4>(tile, x, out),
-    }
-}
+block_by_rows!("neon,dotprod", rows, [1, 2, 3], 4);
 
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
@@ -70,10 +62,5 @@ pub(super) fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Out
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(&y) {
-        for (q, y) in y.iter().enumerate() {
-            // SAFETY: an output is 16 floats.
-            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * q), *y) }
-        }
-    }
+    store(out, &y);
 }

@@ -12,7 +12,7 @@ use std::arch::aarch64::*;
 
 use super::neon_dotprod;
 use crate::cpu::Isa;
-use crate::kernels::arm::{finish_group, pair_rows, smmla};
+use crate::kernels::arm::{finish_group, pair_rows, smmla, store};
 use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel};
 use crate::pack::Layout;
 
@@ -80,10 +80,5 @@ fn rows<const P: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(y.as_flattened()) {
-        for (q, y) in y.iter().enumerate() {
-            // SAFETY: an output is 16 floats.
-            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * q), *y) }
-        }
-    }
+    store(out, y.as_flattened());
 }

@@ -9,21 +9,15 @@
 use std::arch::aarch64::*;
 
 use crate::cpu::Isa;
-use crate::kernels::arm::finish_group;
-use crate::kernels::tiles::{Outputs, Rows, Tile, int_matmul_kernel};
+use crate::kernels::arm::{finish_group, store};
+use crate::kernels::tiles::{Outputs, Rows, Tile, block_by_rows, int_matmul_kernel};
 use crate::pack::Layout;
 
 int_matmul_kernel!(Neon, Isa::Neon, Layout::W8, 2, block);
 
 const STEP: usize = Layout::W8.step_bytes();
 
-#[target_feature(enable = "neon")]
-fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    match out.len() {
-        1 => rows::<1>(tile, x, out),
-        _ => rows::<2>(tile, x, out),
-    }
-}
+block_by_rows!("neon", rows, [1], 2);
 
 #[target_feature(enable = "neon")]
 fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
@@ -74,10 +68,5 @@ fn rows<const M: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(&y) {
-        for (q, y) in y.iter().enumerate() {
-            // SAFETY: an output is 16 floats.
-            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * q), *y) }
-        }
-    }
+    store(out, &y);
 }
