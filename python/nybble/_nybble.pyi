@@ -17,6 +17,7 @@ __all__ = [
     "Session",
     "StagedFolder",
     "doctor",
+    "gptq",
     "read_bandwidth",
     "rtn",
     "version",
@@ -108,6 +109,16 @@ def rtn(
     bits: int,
     group: int,
     zeros: str,
+    threads: int | None = None,
+) -> tuple[_Bytes, _Floats, _Floats | None]: ...
+def gptq(
+    weights: _Floats,
+    bits: int,
+    group: int,
+    zeros: str,
+    factor: _Floats,
+    order: _Ids | None = None,
+    importance: _Floats | None = None,
     threads: int | None = None,
 ) -> tuple[_Bytes, _Floats, _Floats | None]: ...
 def doctor() -> str: ...

@@ -10,7 +10,7 @@ from nybble.registry import Registry
 def test_names_give_classes_and_unknown_ones_the_nearest():
     assert METHODS.lookup("rtn") is Rtn
     assert issubclass(METHODS["rtn"], Quantizer)
-    assert list(METHODS) == ["rtn"]
+    assert list(METHODS) == ["rtn", "gptq"]
     with pytest.raises(ArgumentError, match="method 'rtm'; did you mean rtn"):
         METHODS.lookup("rtm")
 

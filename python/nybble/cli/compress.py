@@ -85,6 +85,35 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="TEXTFILE",
+            help="Text the methods that need some look at; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-tokens",
+            metavar="N",
+            min=1,
+            help="How many tokens of it.",
+            show_default="the recipe's, 16384 without one",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="S",
+            min=0,
+            help="Which parts of it.",
+            show_default="the recipe's, 0 without one",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folder if it exists.")
     ] = False,
@@ -110,6 +139,9 @@ def compress(
         group=group,
         symmetric=symmetric,
         recipe=recipe,
+        calibration=calibration or (),
+        calibration_tokens=calibration_tokens,
+        seed=seed,
         overwrite=overwrite,
         threads=threads,
         progress=not quiet,
@@ -139,6 +171,9 @@ def report_table(report: "Report", out: Path) -> "Table":
         ("error", f"{report.mean_error():.2e} of the linears' squared weights, on average"),
         ("time", output.seconds(report.seconds)),
     ]
+    if report.calibration is not None:
+        shown = report.calibration
+        rows.append(("calibration", f"{shown['tokens']} tokens, seed {shown['seed']}"))
     rows += [("note", note) for note in report.notes]
     if report.left_out:
         rows.append(("left out", f"{len(report.left_out)} tensors that the model does not need"))

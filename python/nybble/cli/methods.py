@@ -11,12 +11,14 @@ def methods(as_json: options.Json = False) -> None:
     """List the compression methods with their papers and defaults, and the recipes."""
     from nybble.cli import output
 
-    found = [describe(name, cls, "quantization") for name, cls in _quantizers()]
+    found = [describe(name, cls, kind) for kind, name, cls in _known()]
     recipes = _recipes()
     if as_json:
         output.emit_json({"methods": found, "recipes": recipes})
         return
-    table = output.grid("Methods", ("name", "kind", "what it does", "paper", "defaults"), right=())
+    table = output.grid(
+        "Methods", ("name", "kind", "what it does", "paper", "needs", "defaults"), right=()
+    )
     for entry in found:
         defaults = ", ".join(f"{name}={value}" for name, value in entry["defaults"].items())
         output.add(
@@ -25,6 +27,7 @@ def methods(as_json: options.Json = False) -> None:
             entry["kind"],
             entry["summary"],
             entry["paper"],
+            ", ".join(entry["needs"]) or "nothing",
             defaults or "no settings",
         )
     known = output.grid("Recipes (for compress --recipe)", ("name", "what it does"), right=())
@@ -34,7 +37,7 @@ def methods(as_json: options.Json = False) -> None:
 
 
 def describe(name: str, cls: type[Any], kind: str) -> dict[str, Any]:
-    """Describe a method by its class: its docstring and the defaults of its fields."""
+    """Describe a method by its class: its docstring, the defaults of its fields, what it needs."""
     doc = inspect.getdoc(cls) or ""
     lines = doc.splitlines()
     return {
@@ -42,6 +45,8 @@ def describe(name: str, cls: type[Any], kind: str) -> dict[str, Any]:
         "kind": kind,
         "summary": lines[0] if lines else "",
         "paper": _paragraph(lines, "Paper:"),
+        # Every fold looks at activations, if only at their ranges.
+        "needs": ["calibration text", "torch"] if kind == "fold" or cls().needs else [],
         "defaults": {
             field.name: field.default
             for field in dataclasses.fields(cls)
@@ -67,7 +72,8 @@ def _recipes() -> list[dict[str, str]]:
     return [{"name": name, "summary": summary} for name, summary in shipped().items()]
 
 
-def _quantizers() -> list[tuple[str, type[Any]]]:
-    from nybble.quant import METHODS
+def _known() -> list[tuple[str, str, type[Any]]]:
+    from nybble.quant import FOLDS, METHODS
 
-    return list(METHODS.items())
+    families = (("quantization", METHODS), ("fold", FOLDS))
+    return [(kind, name, cls) for kind, known in families for name, cls in known.items()]

@@ -6,7 +6,7 @@ The package can be called: ``nybble.compress(source, out)`` is :func:`compress`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ def compress(
     group: int | None = None,
     symmetric: bool | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    calibration: str | Path | Sequence[str | Path] = (),
+    calibration_tokens: int | None = None,
+    seed: int | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -51,6 +54,13 @@ def compress(
         8-bit weights are symmetric and 4-bit ones are not.
     recipe
         More precise wishes; see :mod:`nybble.compress.recipe`. The options above come before it.
+    calibration
+        Text files for methods that look at what the model does with text: plain text or JSON lines,
+        either in gzip. The model is not shown more of them than the next options say.
+    calibration_tokens
+        How many tokens of them. Without it the recipe's; 16384 without one.
+    seed
+        Which parts of them. Without it the recipe's; 0 without one.
     overwrite
         Replace `out` if it holds a model.
     threads
@@ -67,6 +77,8 @@ def compress(
     ------
     ArgumentError
         When an option is out of its range, or source and output are the same.
+    UnsupportedError
+        When the recipe needs calibration and torch or transformers are not installed.
     ConfigError
         When the recipe says something unknown, or the model contradicts its own configuration.
     FormatError
@@ -77,11 +89,15 @@ def compress(
     from nybble.compress import pipeline
     from nybble.compress.recipe import read
 
-    wanted = read(recipe).with_options(weights, activations, group, symmetric)
+    wanted = read(recipe).with_options(
+        weights, activations, group, symmetric, calibration_tokens, seed
+    )
+    texts = [calibration] if isinstance(calibration, (str, Path)) else calibration
     return pipeline.run(
         Path(source),
         Path(out),
         wanted,
+        calibration=[Path(text) for text in texts],
         overwrite=overwrite,
         threads=threads,
         progress=progress,

@@ -4,6 +4,9 @@ Nothing is ever in memory but one block of rows: the plan gives every size, so t
 written first and each block goes to its place in the file as soon as it is rounded. All files are
 made in a hidden folder beside the final one, which takes the final name in one step after the
 run-time's own reader has opened it. A run that fails or is killed leaves nothing under that name.
+
+Where a recipe needs calibration, :mod:`nybble.compress.calibrated` rounds the layers before that;
+what is not among its results (embedding, head, vectors) is read from the source as ever.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +26,17 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
+from nybble.calibrate.text import draw
 from nybble.compress import files, plan
+from nybble.compress.calibrated import CalibratedPass
 from nybble.compress.plan import BYTES, Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.report import Report, TensorReport
 from nybble.compress.source import Source
-from nybble.errors import ArgumentError, FormatError
+from nybble.errors import ArgumentError, ConfigError, FormatError
 from nybble.formats.packing import pack, pack_zeros, rows_per_word, words
-from nybble.quant.base import Floats, Quantizer, Scheme
+from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
+from nybble.runtime.tokenizer import from_folder, from_gguf
 
 __all__ = ["SECTION_VERSION", "SHARD", "run"]
 
@@ -49,6 +55,7 @@ def run(
     out: Path,
     recipe: Recipe,
     *,
+    calibration: Sequence[Path] = (),
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -64,6 +71,8 @@ def run(
         The folder to make.
     recipe
         What to do.
+    calibration
+        Text files, if the recipe needs some.
     overwrite
         Replace `out` if it is a model folder already.
     threads
@@ -75,6 +84,7 @@ def run(
     """
     began = time.perf_counter()
     _check_places(source, out)
+    _check_calibration(recipe, calibration)
     checkpoint = Source(source)
     work = plan.make(checkpoint.plan(), checkpoint.tensors, recipe, checkpoint.kind)
     report = Report(
@@ -88,23 +98,30 @@ def run(
         parameters=sum(item.weights for item in work.items),
         size_after=sum(item.size for item in work.items),
     )
+    passed = None
+    if calibration:
+        passed = _calibrated(checkpoint, work, recipe, calibration, out, threads, report)
     weight_files = files.weight_files(source)
     report.size_before = sum(f.stat().st_size for f in weight_files if f.suffix != ".json")
     with (
         _nybble.StagedFolder(str(out), overwrite) as staged,
         _hashes(weight_files) as hashes,
-        tqdm(
+    ):
+        folder = Path(staged.path)
+        if passed is not None:
+            passed.run(progress=progress)
+            report.notes = sorted({*report.notes, *passed.notes})
+        with tqdm(
             total=report.parameters,
             desc="compress",
             unit="w",
             unit_scale=True,
             disable=not progress,
             dynamic_ncols=True,
-        ) as bar,
-    ):
-        folder = Path(staged.path)
-        writing = _Writing(checkpoint, recipe.weights.quantizer(), threads, bar.update)
-        _write_weights(writing, work, folder, shard, report.tensors)
+        ) as bar:
+            quantizer = recipe.weights.quantizer()
+            writing = _Writing(checkpoint, quantizer, threads, bar.update, passed)
+            _write_weights(writing, work, folder, shard, report.tensors)
         if checkpoint.kind == "gguf":
             metadata = checkpoint.gguf_metadata()
             files.rebuild_companions(metadata, checkpoint.config, str(source), folder)
@@ -116,10 +133,43 @@ def run(
         files.write_text(folder / "report.json", report.to_text())
         config = _config(checkpoint.config, work, recipe)
         files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        bar.set_description("check")
         _check(folder, work, max((f.stat().st_size for f in weight_files), default=0), threads)
         staged.commit()
+    if passed is not None:
+        passed.remove()
     return report
+
+
+def _check_calibration(recipe: Recipe, calibration: Sequence[Path]) -> None:
+    needed = recipe.needs_calibration()
+    if needed and not calibration:
+        message = f"recipe: {needed} looks at text: give a file of it (--calibration FILE)"
+        raise ConfigError(message)
+    if calibration and not needed:
+        message = "calibration: text was given, but nothing in the recipe looks at it"
+        raise ArgumentError(message)
+
+
+def _calibrated(
+    source: Source,
+    work: Plan,
+    recipe: Recipe,
+    calibration: Sequence[Path],
+    out: Path,
+    threads: int | None,
+    report: Report,
+) -> CalibratedPass:
+    """Draw the text; the pass over it is still to be run."""
+    if source.kind == "gguf":
+        tokenizer = from_gguf(source.gguf_metadata(), str(source.path))
+    else:
+        tokenizer = from_folder(source.path)
+    wanted = recipe.calibration
+    limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    context = min(wanted.context, limit) if isinstance(limit, int) else wanted.context
+    text = draw(calibration, tokenizer, tokens=wanted.tokens, context=context, seed=wanted.seed)
+    report.calibration = text.to_json()
+    return CalibratedPass(source, work, recipe, text, out, threads)
 
 
 def _check_places(source: Path, out: Path) -> None:
@@ -180,6 +230,8 @@ class _Writing:
         Threads it may use.
     advance
         Told the number of weights done.
+    passed
+        What calibration has rounded already.
     """
 
     def __init__(
@@ -188,19 +240,30 @@ class _Writing:
         quantizer: Quantizer,
         threads: int | None,
         advance: Callable[[int], object],
+        passed: CalibratedPass | None = None,
     ) -> None:
         self.source = source
         self.quantizer = quantizer
         self.threads = threads
         self.advance = advance
+        self.passed = passed
 
     def write(self, item: Item, writer: _nybble.SafeTensorsWriter) -> TensorReport:
         """Write what an item becomes; report it."""
         began = time.perf_counter()
+        note, output_error = item.note, None
+        rounded = None if self.passed is None else self.passed.matrix(item.name)
         if item.scheme is None:
             error, norm = self._float(item, writer)
+        elif rounded is not None:
+            self._store(item, item.scheme, 0, rounded.integers, writer)
+            error, norm, output_error = rounded.error, rounded.norm, rounded.output_error
+            note = "; ".join(text for text in (note, rounded.integers.note) if text)
+            self.advance(item.weights)
         else:
             error, norm = self._quantized(item, item.scheme, writer)
+        if item.scheme is not None:
+            writer.write(f"{item.name}.weight_shape", np.array(item.shape, dtype="<i8").data)
         return TensorReport(
             name=item.name,
             role=item.role,
@@ -210,16 +273,21 @@ class _Writing:
             bits_per_weight=8 * item.size / item.weights if item.weights else 0.0,
             size=item.size,
             seconds=time.perf_counter() - began,
-            note=item.note,
+            note=note,
+            output_error=output_error,
         )
 
     def _blocks(self, item: Item, *, whole: bool = False) -> Iterator[tuple[int, Floats]]:
         """Rows of an item, a block at a time, and the first one's number."""
         *outer, cols = item.shape
         rows = int(np.prod(outer)) if outer else 1
+        folded = None if self.passed is None else self.passed.floats(item.tensor)
         step = max(rows, 1) if whole else max(_ROWS, _BLOCK // (4 * max(1, cols)) // _ROWS * _ROWS)
         for start in range(0, rows, step):
-            block = self.source.rows(item, start, min(start + step, rows))
+            stop = min(start + step, rows)
+            block = self.source.rows(item, start, stop)
+            if folded is not None:
+                block = folded.reshape(rows, -1)[start:stop]
             if not np.isfinite(block).all():
                 row, col = np.argwhere(~np.isfinite(block))[0]
                 message = (
@@ -233,25 +301,37 @@ class _Writing:
     def _quantized(
         self, item: Item, scheme: Scheme, writer: _nybble.SafeTensorsWriter
     ) -> tuple[float, float]:
-        name, (rows, cols) = item.name, item.shape
-        groups, row_bytes = scheme.groups(cols), 4 * words(cols, scheme.bits)
         total = np.zeros(2)
         for start, block in self._blocks(item, whole=not self.quantizer.by_rows):
             done = self.quantizer.quantize(block, scheme, threads=self.threads)
-            packed = pack(done.codes, scheme.bits)
-            writer.write_at(f"{name}.weight_packed", start * row_bytes, packed.data)
-            scales = done.scales.astype("<f2")
-            writer.write_at(f"{name}.weight_scale", start * groups * 2, scales.data)
-            if scheme.zeros == "sixteenths":
-                zeros = (done.zeros - 2 ** (scheme.bits - 1)).astype("<f2")
-                writer.write_at(f"{name}.weight_zero_point", start * groups * 2, zeros.data)
-            elif done.zeros is not None:
-                word = start // rows_per_word(scheme.bits)
-                packed = pack_zeros(done.zeros.astype(np.uint8), scheme.bits)
-                writer.write_at(f"{name}.weight_zero_point", word * groups * 4, packed.data)
+            self._store(item, scheme, start, done, writer)
             total += done.squared_error(block)
-        writer.write(f"{name}.weight_shape", np.array([rows, cols], dtype="<i8").data)
         return float(total[0]), float(total[1])
+
+    def _store(
+        self,
+        item: Item,
+        scheme: Scheme,
+        start: int,
+        done: IntWeights,
+        writer: _nybble.SafeTensorsWriter,
+    ) -> None:
+        """Put the integers of rows from `start` on in their places."""
+        name, cols = item.name, item.shape[1]
+        groups, row_bytes = scheme.groups(cols), 4 * words(cols, scheme.bits)
+        packed = pack(done.codes, scheme.bits)
+        writer.write_at(f"{name}.weight_packed", start * row_bytes, packed.data)
+        scales = done.scales.astype("<f2")
+        writer.write_at(f"{name}.weight_scale", start * groups * 2, scales.data)
+        if done.zeros is None:
+            return
+        if scheme.zeros == "sixteenths":
+            zeros = (done.zeros - 2 ** (scheme.bits - 1)).astype("<f2")
+            writer.write_at(f"{name}.weight_zero_point", start * groups * 2, zeros.data)
+        else:
+            word = start // rows_per_word(scheme.bits)
+            packed = pack_zeros(done.zeros.astype(np.uint8), scheme.bits)
+            writer.write_at(f"{name}.weight_zero_point", word * groups * 4, packed.data)
 
     def _float(self, item: Item, writer: _nybble.SafeTensorsWriter) -> tuple[float, float]:
         size, row = BYTES[item.dtype], item.shape[-1] if item.shape else 1

@@ -238,7 +238,8 @@ class _Planner:
 
     def _float_type(self, stored: str, *, matrix: bool) -> str:
         if not matrix:
-            return stored if stored in ("F16", "BF16") else "F32"
+            # What a fold makes of a gain or a bias need not be a number of 16 bits.
+            return stored if stored in ("F16", "BF16") and not self.recipe.folds else "F32"
         if self.recipe.floats != "auto":
             return self.recipe.floats.upper()
         if stored in ("F16", "BF16"):

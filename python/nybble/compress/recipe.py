@@ -6,6 +6,8 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     activations: {bits: 8, strategy: group}
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
+    folds: []
+    calibration: {tokens: 16384, context: 1024, seed: 0}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
 
@@ -17,6 +19,11 @@ and a regular expression for the whole path; they stay in 16 bits. ``floats`` sa
 matrices are written that stay floats: ``auto`` keeps 16-bit types and writes float32 as bfloat16
 and what a GGUF file had quantized as float16; ``bf16`` and ``f16`` force one. Vectors (norms,
 biases) keep 32 bits if they had them.
+
+``folds`` names at most one way to rescale channels before rounding
+(:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings.
+``calibration`` says how much text is looked at by methods that do; the text itself is given beside
+the recipe.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
@@ -33,12 +40,13 @@ from typing import Any
 import yaml
 
 from nybble.errors import ArgumentError, ConfigError
-from nybble.quant import METHODS
+from nybble.quant import FOLDS, METHODS
 from nybble.quant.base import GROUPS, Quantizer, Scheme
-from nybble.registry import unknown
+from nybble.quant.fold import Fold
+from nybble.registry import Registry, unknown
 from nybble.runtime.files import read_text
 
-__all__ = ["Activations", "Matrix", "Recipe", "Weights", "read", "shipped"]
+__all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
 
 _MAX_FILE = 1 << 20
 
@@ -88,15 +96,7 @@ class Weights:
 
     def quantizer(self) -> Quantizer:
         """Return the method, made with its settings."""
-        if isinstance(self.method, Mapping):
-            settings = dict(self.method)
-            name = settings.pop("name", None)
-        else:
-            name, settings = self.method, {}
-        if not isinstance(name, str):
-            message = f"recipe: weights.method: expected a name, found {name!r:.60}"
-            raise ConfigError(message)
-        quantizer: Quantizer = _make(METHODS.lookup(name), settings, f"weights.method {name}")
+        quantizer: Quantizer = _method(METHODS, self.method, "weights.method")
         return quantizer
 
 
@@ -146,6 +146,37 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How much text calibrated methods look at.
+
+    Parameters
+    ----------
+    tokens
+        Tokens, rounded up to whole windows.
+    context
+        Tokens a window; at most the model's context.
+    seed
+        Which windows of the text.
+    """
+
+    tokens: int = 16384
+    context: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("tokens", self.tokens, 1),
+            ("context", self.context, 2),
+            ("seed", self.seed, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                message = (
+                    f"recipe: calibration.{name}: expected {least} or more, found {value!r:.60}"
+                )
+                raise ConfigError(message)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of it; see the module."""
 
@@ -153,12 +184,43 @@ class Recipe:
     activations: Activations = field(default_factory=Activations)
     embedding: Matrix = field(default_factory=Matrix)
     head: Matrix = field(default_factory=Matrix)
+    folds: tuple[str | Mapping[str, Any], ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
 
     def __post_init__(self) -> None:
         _check("floats", self.floats, ("auto", "bf16", "f16"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
+        fold = self.fold()
+        if fold is None:
+            return
+        if fold.rounds_inputs and self.activations.bits == 16:
+            message = (
+                "recipe: folds: it prepares activations for rounding, but activations.bits is 16"
+            )
+            raise ConfigError(message)
+        if self.weights.bits == 16:
+            message = "recipe: folds: nothing is rounded, as weights.bits is 16"
+            raise ConfigError(message)
+
+    def fold(self) -> Fold | None:
+        """Return the fold, made with its settings; ``None`` without one."""
+        if len(self.folds) > 1:
+            message = f"recipe: folds: expected one at most, found {len(self.folds)}: "
+            message += "each chooses the factors of the same channels"
+            raise ConfigError(message)
+        for named in self.folds:
+            fold: Fold = _method(FOLDS, named, "folds")
+            return fold
+        return None
+
+    def needs_calibration(self) -> str:
+        """Return which key needs calibration text; an empty text if none does."""
+        if self.folds:
+            return "folds"
+        needed = self.weights.bits < 16 and self.weights.quantizer().needs
+        return "weights.method" if needed else ""
 
     def linear_scheme(self) -> Scheme | None:
         """Return the scheme of the layers' linears; ``None`` leaves them in float."""
@@ -188,6 +250,8 @@ class Recipe:
         activations: int | None = None,
         group: int | None = None,
         symmetric: bool | None = None,
+        calibration_tokens: int | None = None,
+        seed: int | None = None,
     ) -> Recipe:
         """Return the recipe with what an option says in the place of what it said."""
         old = self.weights
@@ -200,12 +264,19 @@ class Recipe:
         inputs = self.activations
         if activations is not None:
             inputs = dataclasses.replace(inputs, bits=activations)
-        return dataclasses.replace(self, weights=new, activations=inputs)
+        looked = self.calibration
+        looked = dataclasses.replace(
+            looked,
+            tokens=looked.tokens if calibration_tokens is None else calibration_tokens,
+            seed=looked.seed if seed is None else seed,
+        )
+        return dataclasses.replace(self, weights=new, activations=inputs, calibration=looked)
 
     def to_yaml(self) -> str:
         """Return the recipe as a file that :func:`read` reads, every key written out."""
         values = dataclasses.asdict(self)
         values["ignore"] = list(self.ignore)
+        values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
@@ -289,6 +360,7 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
         "activations": Activations,
         "embedding": Matrix,
         "head": Matrix,
+        "calibration": Calibration,
     }
     made = dict(values)
     for name, kind in sections.items():
@@ -304,8 +376,28 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
             message = f"recipe: ignore: expected a list of patterns, found {patterns!r:.60}"
             raise ConfigError(message)
         made["ignore"] = tuple(patterns)
+    if "folds" in made:
+        folds = made["folds"]
+        folds = [folds] if isinstance(folds, (str, Mapping)) else folds
+        if not isinstance(folds, (list, tuple)):
+            message = f"recipe: folds: expected a list of names, found {folds!r:.60}"
+            raise ConfigError(message)
+        made["folds"] = tuple(folds)
     recipe: Recipe = _make(Recipe, made, "recipe")
     return recipe
+
+
+def _method(known: Registry[Any], named: object, where: str) -> Any:
+    """Make a method from its name, or from a mapping with its name and settings."""
+    settings: dict[str, Any] = {}
+    name = named
+    if isinstance(named, Mapping):
+        settings = dict(named)
+        name = settings.pop("name", None)
+    if not isinstance(name, str):
+        message = f"recipe: {where}: expected a name, found {name!r:.60}"
+        raise ConfigError(message)
+    return _make(known.lookup(name), settings, f"{where} {name}")
 
 
 def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:

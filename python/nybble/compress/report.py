@@ -37,6 +37,9 @@ class TensorReport:
         Time it took.
     note
         Why it differs from what was asked for, if it does.
+    output_error
+        Relative squared error of the linear's outputs for the inputs of the calibration,
+        ``tr(D H D^T) / tr(W H W^T)`` with ``D = w - w'``; ``None`` if those were not looked at.
     """
 
     name: str
@@ -48,6 +51,7 @@ class TensorReport:
     size: int
     seconds: float
     note: str = ""
+    output_error: float | None = None
 
 
 @dataclass
@@ -80,6 +84,9 @@ class Report:
         Number of weights.
     seconds
         Time of the whole.
+    calibration
+        Which text was looked at: its files' SHA-256, number of tokens, seed, and the SHA-256 of the
+        tokens; ``None`` if none was.
     """
 
     source: str
@@ -94,6 +101,7 @@ class Report:
     size_after: int = 0
     parameters: int = 0
     seconds: float = 0.0
+    calibration: dict[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:

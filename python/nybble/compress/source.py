@@ -62,7 +62,11 @@ class Source:
             out[:, first:last] = self._rows(item.tensor, first, last)[:, start:stop].T
         return out
 
-    def _rows(self, tensor: str, start: int, stop: int) -> Floats:
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """Return rows of a tensor as it is stored; one of one dimension is one row."""
+        return self._rows(name, start, stop)
+
+    def _rows(self, tensor: str, start: int, stop: int | None) -> Floats:
         if self._read > _MAPPED:
             self._checkpoint = _nybble.Checkpoint.open(str(self.path))
             self._read = 0

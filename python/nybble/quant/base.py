@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from nybble.errors import ArgumentError
+from nybble.errors import ArgumentError, ConfigError
 
-__all__ = ["GROUPS", "Floats", "IntWeights", "Quantizer", "Scheme"]
+if TYPE_CHECKING:
+    from nybble.calibrate.stats import InputStats
+
+__all__ = ["GROUPS", "Floats", "IntWeights", "Quantizer", "Scheme", "within"]
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
@@ -117,12 +120,15 @@ class IntWeights:
         weights.
     bits
         Bits of a code.
+    note
+        What was done otherwise than asked for, if anything.
     """
 
     codes: Codes
     scales: Floats
     zeros: Floats | None
     bits: int
+    note: str = ""
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Floats:
         """Return rows `start` to `stop` as the floats they stand for."""
@@ -152,15 +158,48 @@ class IntWeights:
         return error, norm
 
 
+def within(setting: str, value: Any, least: float, most: float, kind: type = float) -> None:
+    """Refuse a method's setting that is not a number between two others.
+
+    Raises
+    ------
+    ConfigError
+        Naming the setting.
+    """
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not (number and least <= value <= most):
+        message = f"recipe: {setting}: expected {least} to {most}, found {value!r:.60}"
+        raise ConfigError(message)
+
+
 class Quantizer(ABC):
     """A way to choose the integers. Subclasses are frozen dataclasses of a paper's settings."""
 
     by_rows: ClassVar[bool] = True
     """Whether some of a matrix's rows may be handed over; not if a method looks across rows."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration has to collect of the inputs: names in :data:`nybble.calibrate.NEEDS`.
+
+        A method that needs something is given the inputs of linears. Embeddings and heads are not
+        calibrated: it has to round them without.
+        """
+        return frozenset()
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether `inputs` are to show what was rounded before in the same layer."""
+        return False
+
     @abstractmethod
     def quantize(
-        self, weights: Floats, scheme: Scheme, *, threads: int | None = None
+        self,
+        weights: Floats,
+        scheme: Scheme,
+        *,
+        inputs: InputStats | None = None,
+        threads: int | None = None,
     ) -> IntWeights:
         """Round a matrix.
 
@@ -170,6 +209,8 @@ class Quantizer(ABC):
             The floats ``[rows, cols]``; with `by_rows`, possibly some of a matrix's rows.
         scheme
             What to round to, already fitted to the columns.
+        inputs
+            Statistics of what the matrix is multiplied by, if it was calibrated.
         threads
             Threads to use; ``None`` for the default. The result does not depend on it.
         """

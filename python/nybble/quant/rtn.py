@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nybble import _nybble
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
+
+if TYPE_CHECKING:
+    from nybble.calibrate.stats import InputStats
 
 __all__ = ["Rtn"]
 
@@ -34,7 +38,12 @@ class Rtn(Quantizer):
     """
 
     def quantize(
-        self, weights: Floats, scheme: Scheme, *, threads: int | None = None
+        self,
+        weights: Floats,
+        scheme: Scheme,
+        *,
+        inputs: InputStats | None = None,  # not looked at
+        threads: int | None = None,
     ) -> IntWeights:
         """Round `weights`; see :meth:`nybble.quant.base.Quantizer.quantize`."""
         group = weights.shape[1] if scheme.group is None else scheme.group

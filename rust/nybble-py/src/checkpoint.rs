@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use numpy::PyArray2;
 use nybble::Error;
-use nybble::model::spec::{EmbeddingSpec, LinearSpec, Spec};
+use nybble::model::spec::{BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Qkv, Spec};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use serde_json::{Value, json};
@@ -143,5 +143,44 @@ fn plan(spec: &Spec) -> Value {
         "embeddings": spec.embeddings().into_iter().map(embedding).collect::<Vec<_>>(),
         "tied": spec.tied,
         "tensors": tensors,
+        "layers": spec.layers.iter().map(layer).collect::<Vec<_>>(),
+    })
+}
+
+/// How the parts of a layer hang together, by the names of the linears: what calibration walks through, and what may be
+/// rescaled without changing the function.
+fn layer(layer: &LayerSpec) -> Value {
+    let (attention, mlp) = (&layer.attention, &layer.mlp);
+    let (layout, qkv) = match &attention.qkv {
+        Qkv::Separate { .. } => ("separate", attention.qkv.linears()),
+        Qkv::Fused { per_head: true, .. } => ("per_head", attention.qkv.linears()),
+        Qkv::Fused { per_head: false, .. } => ("stacked", attention.qkv.linears()),
+    };
+    json!({
+        "attention": {
+            "heads": attention.heads,
+            "kv_heads": attention.kv_heads,
+            "head_dim": attention.head_dim,
+            "layout": layout,
+            "qkv": qkv.iter().map(|linear| &linear.module).collect::<Vec<_>>(),
+            "out": attention.out.module,
+        },
+        "attention_norms": norms(&layer.attention_norms),
+        "mlp": {
+            "gate": mlp.gate.as_ref().map(|gate| &gate.module),
+            "up": mlp.up.module,
+            "down": mlp.down.module,
+            "activation": mlp.activation.name(),
+        },
+        "mlp_norms": norms(&layer.mlp_norms),
+    })
+}
+
+fn norms(norms: &BlockNorms) -> Value {
+    let norm =
+        |norm: &NormSpec| json!({ "module": norm.module, "affine": norm.affine, "plus_one": norm.plus_one });
+    json!({
+        "pre": norms.pre.as_ref().map(norm),
+        "residual_is_normed": norms.residual_is_normed,
     })
 }

@@ -15,8 +15,8 @@ mod error;
 mod generator;
 mod metadata;
 mod model;
-mod rtn;
 mod session;
+mod solve;
 mod staged;
 mod writer;
 
@@ -34,9 +34,9 @@ mod _nybble {
     #[pymodule_export]
     use super::model::Model;
     #[pymodule_export]
-    use super::rtn::rtn;
-    #[pymodule_export]
     use super::session::Session;
+    #[pymodule_export]
+    use super::solve::{gptq, rtn};
     #[pymodule_export]
     use super::staged::StagedFolder;
     #[pymodule_export]

@@ -200,6 +200,16 @@ impl Activation {
             _ => None,
         }
     }
+
+    /// A short name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::GeluTanh => "gelu_tanh",
+            Self::GeluErf => "gelu_erf",
+            Self::Relu => "relu",
+        }
+    }
 }
 
 /// The kind of a norm.

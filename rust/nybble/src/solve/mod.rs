@@ -1,8 +1,13 @@
 //! The hot loops of compression: plain functions on plain arrays.
 //!
 //! Nothing here knows about files, models or packing; a method in Python hands over one block of rows at a time and gets
-//! integers and scales back. [`rtn`] rounds every weight to the nearest step of the best scale.
+//! integers and scales back. [`rtn`] rounds every weight to the nearest step of the best scale ([`grid`] finds it); [`gptq`]
+//! lets the weights not yet rounded make up for the error of those that are.
 
+pub mod gptq;
+pub mod grid;
 pub mod rtn;
 
+pub use gptq::{Gptq, gptq};
+pub use grid::Zeros;
 pub use rtn::{IntWeights, Rtn, rtn};

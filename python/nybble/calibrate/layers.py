@@ -1,0 +1,377 @@
+"""A transformers model walked through with one layer in memory.
+
+The model's code is transformers' own; its weights are nybble's reader's, so that every format and
+family that can be compressed can be calibrated. Weights live on torch's ``meta`` device, which has
+shapes and no memory, until their layer's turn.
+
+First :meth:`Walk.embed` runs what stands before the layers, and notes with which further arguments
+(masks, positions) the model calls each layer. Then each :class:`Layer` is run alone. What is
+between the layers, the hidden states of all windows, is the caller's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nybble.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Layer", "Walk"]
+
+Floats = npt.NDArray[np.float32]
+Reader = Callable[[str, int, int | None], Floats]
+"""Rows of a tensor by name, first row and end."""
+
+
+class _Caught(Exception):
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class _Done(Exception):
+    """The last layer was reached."""
+
+
+def _torch() -> Any:
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        message = f"calibration needs {error.name}: pip install 'nybble[compress]'"
+        raise UnsupportedError(message) from None
+    return torch
+
+
+@contextmanager
+def _weights_on_meta(torch: Any) -> Iterator[None]:
+    """Make modules without memory for parameters; buffers, which no file holds, are computed."""
+    module, original = torch.nn.Module, torch.nn.Module.register_parameter
+
+    def register(self: Any, name: str, parameter: Any) -> None:
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(self, name, parameter)
+
+    module.register_parameter = register
+    try:
+        yield
+    finally:
+        module.register_parameter = original
+
+
+class Walk:
+    """The model.
+
+    Parameters
+    ----------
+    config
+        Its configuration, as of ``config.json``.
+    plan
+        What its parts are (:meth:`nybble._nybble.Checkpoint.plan`).
+    shapes
+        Shapes of its tensors by name.
+    read
+        Reads a tensor's rows as float32.
+    threads
+        Threads torch may use; ``None`` leaves its own choice.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        plan: dict[str, Any],
+        shapes: dict[str, Sequence[int]],
+        read: Reader,
+        threads: int | None = None,
+    ) -> None:
+        self.torch = _torch()
+        if threads is not None:
+            self.torch.set_num_threads(threads)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+        with _weights_on_meta(self.torch):
+            self._model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+        self.plan = plan
+        self._read = read
+        self._shapes = shapes
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.prefixes = [_prefix(layer["attention"]["out"]) for layer in plan["layers"]]
+
+    def __len__(self) -> int:
+        return len(self.prefixes)
+
+    def fill(self, module: Any, prefix: str, rows: npt.NDArray[np.int64] | None = None) -> None:
+        """Give a module's parameters their weights; of its first, perhaps only some rows."""
+        for name, parameter in list(module.named_parameters()):
+            full = f"{prefix}.{name}" if prefix else name
+            if full not in self._shapes:
+                message = f"{full}: expected a tensor of this name, found none"
+                raise ConfigError(message)
+            if rows is None:
+                values = self._read(full, 0, None).reshape(parameter.shape)
+                value = self.torch.from_numpy(values)
+            else:
+                # Memory that is never touched is never taken: a table costs what is used of it.
+                value = self.torch.empty(parameter.shape)
+                for row in rows:
+                    value[row] = self.torch.from_numpy(self._read(full, int(row), int(row) + 1)[0])
+            _put(module, name, self.torch.nn.Parameter(value, requires_grad=False))
+
+    def embed(self, windows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+        """Return what enters the first layer: ``[1, context, hidden]`` for each window."""
+        torch, model = self.torch, self._model
+        table = self.plan["embeddings"][0]["module"]
+        layers = self.prefixes[0].rpartition(".")[0]
+        self.fill(model.get_submodule(table), table, np.unique(windows))
+        for name, module in list(model.named_modules()):
+            outside = not name.startswith((f"{layers}.", "lm_head")) and name != table
+            if outside and list(module.parameters(recurse=False)):
+                self.fill(module, name)
+        stack = model.get_submodule(layers)
+        originals = list(stack)
+        hidden: list[Any] = []
+        try:
+            with torch.inference_mode():
+                # Layers return tensors, or tuples that begin with one, as their family and the
+                # version of transformers have it.
+                for form in (lambda h: h, lambda h: (h,)):
+                    recorders = [_recorder(torch, layer, form) for layer in originals]
+                    recorders[-1].last = True
+                    for index, recorder in enumerate(recorders):
+                        stack[index] = recorder
+                    hidden = self._record(windows, recorders)
+                    if hidden:
+                        break
+        finally:
+            for index, layer in enumerate(originals):
+                stack[index] = layer
+        if not hidden:
+            message = f"{self.plan['family']}: this version of transformers calls layers otherwise"
+            raise UnsupportedError(message)
+        model.get_submodule(table).to("meta")
+        return hidden
+
+    def _record(self, windows: npt.NDArray[np.int64], recorders: list[Any]) -> list[torch.Tensor]:
+        hidden = []
+        for window in windows:
+            try:
+                self._model(self.torch.from_numpy(window[None]), use_cache=False)
+            except _Done:
+                pass
+            except (TypeError, IndexError, AttributeError, ValueError):
+                return []
+            first = recorders[0].hidden
+            if any(r.hidden is None or r.hidden.shape != first.shape for r in recorders):
+                return []
+            hidden.append(first.clone())
+        self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
+        return hidden
+
+    def layer(self, index: int) -> Layer:
+        """Return a layer with its weights; it is the caller's to drop before the next one."""
+        prefix = self.prefixes[index]
+        module = self._model.get_submodule(prefix)
+        self.fill(module, prefix)
+        return Layer(self.torch, module, prefix, self.plan["layers"][index], self._calls[index])
+
+    def drop(self, index: int) -> None:
+        """Give a layer's memory back."""
+        self._model.get_submodule(self.prefixes[index]).to("meta")
+
+
+def _prefix(module: str) -> str:
+    found = re.match(r".*?\.\d+(?=\.)", module)
+    if found is None:
+        message = f"{module}: expected the name of a layer's part"
+        raise ConfigError(message)
+    return found[0]
+
+
+def _put(module: Any, name: str, parameter: Any) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = parameter
+
+
+def _recorder(torch: Any, layer: Any, form: Callable[[Any], Any]) -> Any:
+    class Recorder(torch.nn.Module):  # type: ignore[misc]
+        """Stands in for a layer and notes how it is called."""
+
+        hidden = None
+        last = False
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}  # noqa: RUF012
+        attention_type = getattr(layer, "attention_type", None)
+
+        def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+            self.hidden, self.args, self.kwargs = hidden, args, kwargs
+            if self.last:
+                raise _Done
+            return form(hidden)
+
+    return Recorder()
+
+
+class Layer:
+    """One layer with its weights, which may be changed in place.
+
+    Parameters
+    ----------
+    torch
+        The library.
+    module
+        transformers' layer.
+    prefix
+        Its path in the model.
+    parts
+        Its entry in the plan's ``layers``.
+    call
+        With what, besides the hidden states, it is called.
+    """
+
+    def __init__(
+        self, torch: Any, module: Any, prefix: str, parts: dict[str, Any], call: Any
+    ) -> None:
+        self._torch = torch
+        self._module = module
+        self.prefix = prefix
+        self.parts = parts
+        self._args, self._kwargs = call
+        attention, mlp = parts["attention"], parts["mlp"]
+        self.stages: list[list[str]] = [
+            list(attention["qkv"]),
+            [attention["out"]],
+            [name for name in (mlp["gate"], mlp["up"]) if name],
+            [mlp["down"]],
+        ]
+        """The linears in the order of the forward pass; together, those that read the same."""
+        self._window = 0
+        self._attended: dict[int, Any] | None = None
+        self._kept: dict[int, Any] = {}
+
+    def _part(self, path: str) -> Any:
+        return self._module.get_submodule(path.removeprefix(f"{self.prefix}."))
+
+    def tensor(self, name: str) -> Floats | None:
+        """Return a parameter as it is stored, as an array that shares its memory."""
+        path, _, leaf = name.rpartition(".")
+        parameter = self._part(path)._parameters.get(leaf)
+        return None if parameter is None else parameter.data.numpy()
+
+    def weight(self, linear: str) -> Floats:
+        """Return a linear's weight ``[rows, cols]``; what is written into it changes the layer."""
+        values = self.tensor(f"{linear}.weight")
+        assert values is not None
+        # GPT-2's linears keep inputs as rows.
+        return values.T if type(self._part(linear)).__name__ == "Conv1D" else values
+
+    def trace(self, hidden: list[torch.Tensor]) -> Iterator[tuple[int, list[Floats], torch.Tensor]]:
+        """Run all windows; give each one's number, the inputs of each stage, and the output.
+
+        Not between :meth:`inputs` and :meth:`outputs`, which skip what is known.
+        """
+        caught: dict[int, Floats] = {}
+
+        def keep(stage: int) -> Callable[[Any, Any], None]:
+            return lambda _, args: caught.__setitem__(stage, _rows(args[0]))
+
+        hooks = [
+            self._part(linears[0]).register_forward_pre_hook(keep(stage))
+            for stage, linears in enumerate(self.stages)
+        ]
+        try:
+            for index, states in enumerate(hidden):
+                output = self._forward(index, states)
+                yield index, [caught[stage] for stage in range(len(self.stages))], output
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def inputs(self, stage: int, hidden: list[torch.Tensor]) -> Iterator[tuple[int, Floats]]:
+        """Run all windows up to a stage; give each one's number and the stage's inputs.
+
+        Stages come in order. Once the third was asked for, attention counts as finished and is
+        computed once a window; the inputs of the last are kept for :meth:`outputs`.
+        """
+
+        def catch(_: Any, args: Any) -> None:
+            raise _Caught(args[0])
+
+        if stage >= 2 and self._attended is None:
+            self._finish_attention()
+        hooks = [self._part(name).register_forward_pre_hook(catch) for name in self.stages[stage]]
+        try:
+            for index, states in enumerate(hidden):
+                value = self._until_caught(index, states)
+                if stage == 3:
+                    self._kept[index] = value
+                yield index, _rows(value)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _until_caught(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        try:
+            self._forward(index, states)
+        except _Caught as caught:
+            return caught.value
+        message = f"{self.prefix}: this version of transformers does not run all of its linears"
+        raise UnsupportedError(message)
+
+    def outputs(self, hidden: list[torch.Tensor]) -> None:
+        """Replace the hidden states with what the layer makes of them."""
+        if self._kept:
+            down = self._part(self.stages[3][0])
+            original = down.forward
+            down.forward = lambda _: original(self._kept.pop(self._window))
+            for name in self.stages[2]:  # what they would give is not looked at
+                linear = self._part(name)
+                rows = self.weight(name).shape[0]
+                linear.forward = _nothing(rows)
+        for index, states in enumerate(hidden):
+            hidden[index] = self._forward(index, states)
+            if self._attended:
+                self._attended.pop(index, None)
+        for linears in self.stages[2:]:
+            for name in linears:
+                self._part(name).__dict__.pop("forward", None)
+        if self._attended is not None:
+            self._part(self.parts["attention"]["out"].rpartition(".")[0]).__dict__.pop("forward")
+            self._attended = None
+
+    def _finish_attention(self) -> None:
+        attention = self._part(self.parts["attention"]["out"].rpartition(".")[0])
+        original = attention.forward
+        memory: dict[int, Any] = {}
+        self._attended = memory
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._window not in memory:
+                memory[self._window] = original(*args, **kwargs)
+            return memory[self._window]
+
+        attention.forward = forward
+
+    def _forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        self._window = index
+        with self._torch.inference_mode():
+            output = self._module(states, *self._args, **self._kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+def _nothing(rows: int) -> Callable[[Any], Any]:
+    return lambda x: x.new_zeros(()).expand(*x.shape[:-1], rows)
+
+
+def _rows(inputs: torch.Tensor) -> Floats:
+    values: Floats = inputs.reshape(-1, inputs.shape[-1]).numpy()
+    return values

@@ -1,0 +1,118 @@
+"""What is remembered of a linear's inputs: sums over the calibration tokens, never the tokens.
+
+A method says what it needs by names (:data:`NEEDS`); every collector has the channel ranges. Sums
+are kept in float64 and made in float32, a window at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+from nybble.errors import FormatError
+
+__all__ = ["NEEDS", "InputStats"]
+
+NEEDS = {
+    "gram": "the second moments of the inputs",
+    "reference": "the inputs the original model would have had",
+    "sample": "some of the inputs themselves",
+}
+"""What a method may need besides the ranges of the channels."""
+
+_SAMPLE = 512  # rows kept by "sample"
+_LARGEST = 1e15
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+class InputStats:
+    """Statistics of the inputs ``X`` ``[tokens, cols]`` that some linears share.
+
+    Parameters
+    ----------
+    name
+        The first of those linears, for messages.
+    cols
+        Number of channels.
+    needs
+        Names in :data:`NEEDS`.
+
+    Attributes
+    ----------
+    count
+        Tokens seen.
+    low, high
+        Least and greatest value of each channel.
+    absolute
+        Sum of the magnitudes of each channel.
+    gram
+        ``X^T X``; the GPTQ literature's Hessian, up to a factor.
+    drift
+        ``(X_ref - X)^T X`` with the original model's inputs ``X_ref`` of the same tokens.
+    """
+
+    def __init__(self, name: str, cols: int, needs: Collection[str] = ()) -> None:
+        self.name = name
+        self.needs = frozenset(needs)
+        self.count = 0
+        self.low = np.full(cols, np.inf, dtype=np.float32)
+        self.high = np.full(cols, -np.inf, dtype=np.float32)
+        self.absolute: Doubles = np.zeros(cols)
+        self.gram: Doubles = np.zeros((cols, cols) if "gram" in self.needs else (0, 0))
+        self.drift: Doubles = np.zeros((cols, cols) if "reference" in self.needs else (0, 0))
+        self._sample: list[Floats] = []
+
+    def update(self, inputs: Floats, reference: Floats | None = None) -> None:
+        """Add a window's inputs ``[tokens, cols]``.
+
+        Raises
+        ------
+        FormatError
+            When one is not finite, or absurdly large; the linear is named.
+        """
+        low, high = inputs.min(axis=0), inputs.max(axis=0)
+        # Squares of larger ones are beyond float32.
+        good = (low > -_LARGEST) & (high < _LARGEST)
+        if not good.all():
+            channel = int(np.argmin(good))
+            found = low[channel] if not low[channel] > -_LARGEST else high[channel]
+            message = f"calibration: {self.name}: expected finite inputs below {_LARGEST:g}, "
+            message += f"found {found} in channel {channel}"
+            raise FormatError(message)
+        np.minimum(self.low, low, out=self.low)
+        np.maximum(self.high, high, out=self.high)
+        self.absolute += np.abs(inputs).sum(axis=0, dtype=np.float64)
+        if self.gram.size:
+            # numpy makes the product of an array with its own transpose in half the operations.
+            self.gram += inputs.T @ inputs
+        if self.drift.size and reference is not None:
+            self.drift += (reference - inputs).T @ inputs
+        if "sample" in self.needs:
+            self._keep(inputs)
+        self.count += len(inputs)
+
+    def _keep(self, inputs: Floats) -> None:
+        # Every window gives as many rows, evenly spread; the whole is thinned when it has grown.
+        step = max(1, len(inputs) // 64)
+        self._sample.append(inputs[::step].copy())
+        if sum(len(part) for part in self._sample) > 2 * _SAMPLE:
+            self._sample = [np.concatenate(self._sample)[::2].copy()]
+
+    @property
+    def sample(self) -> Floats:
+        """Some of the inputs ``[at most 1024, cols]``."""
+        return np.concatenate(self._sample)
+
+    @property
+    def largest(self) -> Floats:
+        """Largest magnitude of each channel."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    @property
+    def mean(self) -> Doubles:
+        """Mean magnitude of each channel."""
+        return self.absolute / max(self.count, 1)

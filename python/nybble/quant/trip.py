@@ -1,0 +1,79 @@
+"""TRIP: powers of two, channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nybble.quant.base import Floats, Scheme, within
+from nybble.quant.fold import Fold, Pair
+
+if TYPE_CHECKING:
+    from nybble.calibrate.stats import InputStats
+
+__all__ = ["Trip"]
+
+
+@dataclass(frozen=True)
+class Trip(Fold):
+    """Activation channels are divided by powers of two that fit them to one common step.
+
+    Paper: "Agile-Quant: Activation-Guided Quantization for Faster Inference of LLMs on the Edge",
+    arXiv 2312.05693 (two-refine improved by pruning). The search of the exponents is that of
+    FQ-ViT, arXiv 2111.13824 (powers-of-two factor).
+
+    Formula, for the channels ``x_c`` of a layer's activations, ``b`` bits and the greatest exponent
+    ``K``::
+
+        s_K = max |x| / (2^(b-1) - 1)        the step that spans all channels
+        s   = s_K / 2^K
+        a_c = argmin over a in 0..K of || x_c - s 2^a clamp(round(x_c / (s 2^a))) ||^2
+
+    Channel ``c`` is divided by ``2^(a_c)`` where it is made and its columns are multiplied by it
+    where it is read, which is exact.
+
+    Defaults: ``K = 3`` as in FQ-ViT; the paper names no number.
+
+    What differs: the factors go into the producer as well as into the weights, so the run time
+    divides nothing (the paper multiplies them into the weights and keeps the steps apart); steps
+    are symmetric, as the run time's are, which takes them from each token, not the whole layer.
+    Exponents are counted from the commonest one, which leaves most weights as they were. Tokens are
+    not pruned here.
+    """
+
+    exponents: int = 3
+
+    def __post_init__(self) -> None:
+        within("trip: exponents", self.exponents, 1, 20, int)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """A sample of the activations."""
+        return frozenset({"sample"})
+
+    def factors(
+        self,
+        pair: Pair,
+        weights: Sequence[Floats],  # not looked at
+        inputs: InputStats,
+        scheme: Scheme,
+    ) -> npt.NDArray[Any]:
+        """Return ``2^(a_c)``; see :meth:`nybble.quant.fold.Fold.factors`."""
+        top = 2 ** (scheme.activations - 1) - 1
+        finest = float(inputs.largest.max()) / top / 2**self.exponents
+        if finest <= 0:
+            return np.ones(len(pair.rows))
+        sample = inputs.sample.astype(np.float64)
+        errors = []
+        for exponent in range(self.exponents + 1):
+            step = finest * 2**exponent
+            rounded = np.clip(np.round(sample / step), -top, top) * step
+            errors.append(pair.merged(np.square(sample - rounded).sum(axis=0), np.add))
+        best = np.argmin(errors, axis=0)
+        commonest = int(np.bincount(best).argmax())
+        factors: npt.NDArray[Any] = np.exp2(best - commonest)
+        return factors

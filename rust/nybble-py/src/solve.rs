@@ -1,0 +1,81 @@
+//! `rtn` and `gptq`.
+
+use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
+use nybble::Error;
+use nybble::solve::{Gptq, IntWeights, Rtn, Zeros, gptq as core_gptq, rtn as core_rtn};
+use pyo3::prelude::*;
+
+use crate::array::matrix;
+use crate::error::{exception, run};
+
+type Matrix<'py, T> = Bound<'py, PyArray2<T>>;
+type Rounded<'py> = (Matrix<'py, u8>, Matrix<'py, f32>, Option<Matrix<'py, f32>>);
+
+/// Rounds a matrix to integers with a scale (and a zero point) for each group of inputs; returns codes, scales and zeros.
+#[pyfunction]
+#[pyo3(signature = (weights, bits, group, zeros, threads=None))]
+pub(crate) fn rtn<'py>(
+    py: Python<'py>,
+    weights: PyReadonlyArray2<'py, f32>,
+    bits: u32,
+    group: usize,
+    zeros: &str,
+    threads: Option<usize>,
+) -> PyResult<Rounded<'py>> {
+    let (rows, cols) = weights.as_array().dim();
+    let values = contiguous(py, "weights", weights.as_slice())?;
+    let zeros = zero_points(py, zeros)?;
+    let rounded = run(py, || core_rtn(values, rows, cols, &Rtn { bits, group, zeros, threads }))?;
+    arrays(py, rounded, rows, cols)
+}
+
+/// Rounds a matrix as `rtn` does, one column after another, the later ones making up for the earlier ones' errors.
+#[pyfunction]
+#[pyo3(signature = (weights, bits, group, zeros, factor, order=None, importance=None, threads=None))]
+#[allow(clippy::too_many_arguments)] // Python passes them by name
+pub(crate) fn gptq<'py>(
+    py: Python<'py>,
+    weights: PyReadonlyArray2<'py, f32>,
+    bits: u32,
+    group: usize,
+    zeros: &str,
+    factor: PyReadonlyArray2<'py, f32>,
+    order: Option<PyReadonlyArray1<'py, u32>>,
+    importance: Option<PyReadonlyArray1<'py, f32>>,
+    threads: Option<usize>,
+) -> PyResult<Rounded<'py>> {
+    let (rows, cols) = weights.as_array().dim();
+    let values = contiguous(py, "weights", weights.as_slice())?;
+    let factor = contiguous(py, "factor", factor.as_slice())?;
+    let zeros = zero_points(py, zeros)?;
+    let order = order.as_ref().map(|order| contiguous(py, "order", order.as_slice())).transpose()?;
+    let importance = match &importance {
+        Some(importance) => contiguous(py, "importance", importance.as_slice())?,
+        None => &[],
+    };
+    let settings = Gptq { bits, group, zeros, factor, order, importance, threads };
+    let rounded = run(py, || core_gptq(values, rows, cols, &settings))?;
+    arrays(py, rounded, rows, cols)
+}
+
+fn contiguous<'a, T, E>(py: Python<'_>, name: &str, values: Result<&'a [T], E>) -> PyResult<&'a [T]> {
+    values.map_err(|_| exception(py, &Error::argument(name, "a contiguous array", "one with gaps")))
+}
+
+fn zero_points(py: Python<'_>, name: &str) -> PyResult<Zeros> {
+    match name {
+        "middle" => Ok(Zeros::Middle),
+        "whole" => Ok(Zeros::Whole),
+        "sixteenths" => Ok(Zeros::Sixteenths),
+        other => Err(exception(py, &Error::argument("zeros", "middle, whole or sixteenths", other))),
+    }
+}
+
+fn arrays(py: Python<'_>, rounded: IntWeights, rows: usize, cols: usize) -> PyResult<Rounded<'_>> {
+    let groups = rounded.groups;
+    Ok((
+        matrix(py, rounded.codes, rows, cols)?,
+        matrix(py, rounded.scales, rows, groups)?,
+        rounded.zeros.map(|zeros| matrix(py, zeros, rows, groups)).transpose()?,
+    ))
+}

@@ -1,0 +1,150 @@
+"""Models walked through layer by layer, and folds, for every family."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from families import FAMILIES, make, prompts
+from nybble import _nybble
+from nybble.calibrate.layers import Walk
+from nybble.errors import ConfigError, UnsupportedError
+from nybble.quant.fold import pairs, rescale
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return a function that saves a family's random model and opens it for a walk."""
+
+    def open_family(name):
+        model = make(name)
+        model.save_pretrained(tmp_path / name)
+        checkpoint = _nybble.Checkpoint.open(str(tmp_path / name))
+        shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
+        config, plan = json.loads(checkpoint.config()), json.loads(checkpoint.plan())
+        return model, Walk(config, plan, shapes, checkpoint.read)
+
+    return open_family
+
+
+def last_states(model, walk, ids):
+    """What the last layer gives when transformers runs the model."""
+    caught = []
+
+    def keep(module, args, output):
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = model.get_submodule(walk.prefixes[-1]).register_forward_hook(keep)
+    with torch.no_grad():
+        model(torch.from_numpy(ids))
+    hook.remove()
+    return caught[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_is_the_models_forward_pass_and_folds_do_not_change_it(opened, family):
+    model, walk = opened(family)
+    ids = np.array(prompts(24, 24, 24))
+    plain = walk.embed(ids)
+    staged = [states.clone() for states in plain]
+    folded = [states.clone() for states in plain]
+    draw = np.random.default_rng(0)
+    count = 0
+    for index in range(len(walk)):
+        layer = walk.layer(index)
+        traced = {}
+        for window, inputs, output in layer.trace(plain):
+            traced[window], plain[window] = inputs, output
+        for stage in range(4):
+            for window, inputs in layer.inputs(stage, staged):
+                np.testing.assert_allclose(inputs, traced[window][stage], rtol=1e-4, atol=1e-4)
+        layer.outputs(staged)
+        found, notes = pairs(layer.parts, layer)
+        count += len(found)
+        assert len(found) + len(notes) == 4
+        for pair in found:
+            rescale(layer, pair, np.exp2(draw.integers(-3, 4, len(pair.rows))))
+        layer.outputs(folded)
+        walk.drop(index)
+    assert count
+    for window in range(3):
+        wanted = last_states(model, walk, ids[window : window + 1])
+        size = wanted.abs().max()
+        assert (plain[window] - wanted).abs().max() <= 1e-5 * size
+        assert (staged[window] - wanted).abs().max() <= 1e-5 * size
+        # Powers of two are exact; Gemma's gains are stored less one, which rounds.
+        if family.startswith("gemma"):
+            assert (folded[window] - plain[window]).abs().max() <= 1e-5 * size
+        else:
+            assert torch.equal(folded[window], plain[window])
+
+
+def test_what_can_be_folded_is_known_for_each_family(opened):
+    kinds = {}
+    for family in ("llama", "opt", "opt-bare", "opt-post-norm-narrow", "gpt2", "bloom-6-heads"):
+        _, walk = opened(family)
+        walk.embed(np.array(prompts(8)))
+        layer = walk.layer(0)
+        kinds[family] = [pair.kind for pair in pairs(layer.parts, layer)[0]]
+    assert kinds == {
+        "llama": ["norm", "value", "norm", "mlp"],
+        "opt": ["norm", "value", "norm", "mlp"],  # ReLU
+        "opt-bare": ["value"],  # GELU, and norms without weights
+        "opt-post-norm-narrow": ["value", "mlp"],
+        "gpt2": ["norm", "value", "norm"],
+        "bloom-6-heads": ["value"],  # normed values are the residual
+    }
+
+
+def test_only_one_layer_has_weights_at_a_time(opened):
+    _, walk = opened("llama")
+    walk.embed(np.array(prompts(8)))
+
+    def real(prefix):
+        module = walk._model.get_submodule(prefix)
+        return [name for name, value in module.named_parameters() if value.device.type != "meta"]
+
+    assert not any(real(prefix) for prefix in walk.prefixes)
+    walk.layer(1)
+    assert [bool(real(prefix)) for prefix in walk.prefixes] == [False, True, False]
+    walk.drop(1)
+    assert not any(real(prefix) for prefix in walk.prefixes)
+    assert not real("lm_head")
+
+
+def test_weights_are_changed_through_their_arrays(opened):
+    for family in ("gpt2", "llama"):  # stored with inputs as rows, and as columns
+        _, walk = opened(family)
+        walk.embed(np.array(prompts(8)))
+        layer = walk.layer(0)
+        name = layer.stages[1][0]
+        rows, cols = layer.weight(name).shape
+        layer.weight(name)[1, 2] = 99.0
+        stored = layer.tensor(f"{name}.weight")
+        assert stored[(2, 1) if family == "gpt2" else (1, 2)] == 99.0
+        assert (rows, cols) == (64, 64)
+
+
+def test_factors_must_be_positive(opened):
+    _, walk = opened("llama")
+    walk.embed(np.array(prompts(8)))
+    layer = walk.layer(0)
+    pair = pairs(layer.parts, layer)[0][0]
+    with pytest.raises(ConfigError, match="above 0"):
+        rescale(layer, pair, np.zeros(len(pair.rows)))
+
+
+def test_a_missing_torch_names_the_extra(monkeypatch):
+    import builtins
+
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError(name="torch")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UnsupportedError, match=r"torch: pip install 'nybble\[compress\]'"):
+        Walk({}, {"layers": []}, {}, lambda *_: None)
