@@ -51,6 +51,23 @@ def test_options_reach_the_folder(
     assert (linear["input_activations"] or {"num_bits": 16})["num_bits"] == inputs
 
 
+def test_calibration_reaches_the_report(run, run_json, tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. hello world 123\n" * 400)
+    recipe = ["--recipe", "agile-quant-8", "--calibration-tokens", 600, "--seed", 4]
+    options = ["compress", tiny_folder, "--out", tmp_path / "o", *recipe, "-q", "-t", 1]
+    outcome = run(*options)
+    assert outcome.code == 1
+    assert "--calibration FILE" in outcome.err
+    value = run_json(*options, "--calibration", text, "--calibration", text)
+    facts = value["calibration"]
+    assert (facts["windows"], facts["context"], facts["seed"]) == (2, 512, 4)
+    assert value["settings"]["calibration"]["tokens"] == 600
+    outcome = run(*options, "--calibration", tmp_path / "absent", "--overwrite")
+    assert outcome.code == 1
+    assert "absent" in outcome.err
+
+
 def test_16_bits_write_a_plain_folder(run, tiny_folder, tmp_path):
     assert run("compress", tiny_folder, "--out", tmp_path / "o", "--weights", 16, "-q").code == 0
     config = json.loads((tmp_path / "o" / "config.json").read_text())

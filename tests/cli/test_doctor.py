@@ -118,7 +118,15 @@ def test_methods_and_recipes(run, run_json):
     rtn = next(method for method in value["methods"] if method["name"] == "rtn")
     assert rtn["kind"] == "quantization"
     assert rtn["paper"]
-    assert "w4a8" in [recipe["name"] for recipe in value["recipes"]]
+    assert rtn["needs"] == []
+    gptq = next(method for method in value["methods"] if method["name"] == "gptq")
+    assert "2210.17323" in gptq["paper"]
+    assert gptq["needs"] == ["calibration text", "torch"]
+    assert gptq["defaults"]["damping"] == 0.01
+    folds = {method["name"] for method in value["methods"] if method["kind"] == "fold"}
+    assert folds == {"awq", "smoothquant", "trip"}
+    names = {recipe["name"] for recipe in value["recipes"]}
+    assert names >= {"w4a8", "w4a16-gptq", "agile-quant-8"}
     outcome = run("methods")
     assert "rtn" in outcome.out
     assert "w4a8" in outcome.out

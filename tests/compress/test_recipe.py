@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from nybble.compress.recipe import Recipe, read, shipped
+from nybble.compress.recipe import Calibration, Recipe, read, shipped
 from nybble.errors import ArgumentError, ConfigError
-from nybble.quant import Rtn, Scheme
+from nybble.quant import Gptq, Rtn, Scheme, SmoothQuant, Trip
 
 
 def test_defaults_are_four_bits_with_zero_points_and_eight_for_the_tables():
@@ -72,6 +72,17 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"ignore": [3]}, ["ignore", "patterns"]),
         ({"floats": "f64"}, ["floats", "auto, bf16, f16"]),
         ({1: 2}, ["'1'"]),
+        ({"weights": {"method": {"name": "gptq", "damp": 1}}}, ["gptq 'damp'", "damping"]),
+        ({"weights": {"method": {"name": "gptq", "damping": -1}}}, ["damping", "0 to 10"]),
+        ({"folds": 3}, ["folds", "list"]),
+        ({"folds": [3]}, ["folds", "name"]),
+        ({"folds": [{"name": "trip", "exponent": 1}]}, ["'exponent'", "exponents"]),
+        ({"folds": ["awq", "smoothquant"]}, ["folds", "one at most", "same channels"]),
+        ({"folds": ["trip"], "activations": {"bits": 16}}, ["folds", "activations.bits is 16"]),
+        ({"folds": ["awq"], "weights": {"bits": 16}}, ["folds", "weights.bits is 16"]),
+        ({"calibration": {"tokens": 0}}, ["calibration.tokens", "1 or more"]),
+        ({"calibration": {"seed": 1.5}}, ["calibration.seed"]),
+        ({"calibration": {"file": "x"}}, ["key in calibration 'file'"]),
     ],
 )
 def test_what_is_unknown_is_named(recipe, words):
@@ -79,6 +90,19 @@ def test_what_is_unknown_is_named(recipe, words):
         read(recipe)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_who_needs_calibration():
+    assert read(None).needs_calibration() == ""
+    assert read({"weights": {"method": "gptq"}}).needs_calibration() == "weights.method"
+    assert read({"weights": {"method": "gptq", "bits": 16}}).needs_calibration() == ""
+    assert read({"folds": "awq"}).needs_calibration() == "folds"
+    agile = read("agile-quant-8")
+    assert agile.linear_scheme() == Scheme(4, 128, False, 8, "group")
+    assert isinstance(agile.weights.quantizer(), Gptq)
+    assert isinstance(agile.fold(), Trip)
+    assert read("w8a8-smoothquant").fold() == SmoothQuant(0.5)
+    assert agile.with_options(seed=7, calibration_tokens=9).calibration == Calibration(9, 1024, 7)
 
 
 def test_unknown_names_and_methods_list_the_near_ones(tmp_path):

@@ -180,6 +180,25 @@ def test_the_plan(folder):
         "role": "down",
     }
     assert linears["lm_head"]["role"] == "head"
+    assert len(plan["layers"]) == 2
+    parts = plan["layers"][1]
+    assert parts["attention"] == {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "layout": "separate",
+        "qkv": [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"],
+        "out": "model.layers.1.self_attn.o_proj",
+    }
+    assert parts["mlp"]["activation"] == "silu"
+    assert parts["mlp_norms"] == {
+        "pre": {
+            "module": "model.layers.1.post_attention_layernorm",
+            "affine": True,
+            "plus_one": False,
+        },
+        "residual_is_normed": False,
+    }
     assert plan["embeddings"] == [{"module": "model.embed_tokens", "rows": 290, "cols": 64}]
 
 

@@ -11,7 +11,9 @@ def methods(as_json: options.Json = False) -> None:
     """List the compression methods with their papers and defaults, and the recipes."""
     from nybble.cli import output
 
-    found = [describe(name, cls, kind) for kind, name, cls in _known()]
+    found = [
+        {**describe(name, cls, kind), "needs": _needs(cls, kind)} for kind, name, cls in _known()
+    ]
     recipes = _recipes()
     if as_json:
         output.emit_json({"methods": found, "recipes": recipes})
@@ -37,7 +39,7 @@ def methods(as_json: options.Json = False) -> None:
 
 
 def describe(name: str, cls: type[Any], kind: str) -> dict[str, Any]:
-    """Describe a method by its class: its docstring, the defaults of its fields, what it needs."""
+    """Describe a method by its class: its docstring and the defaults of its fields."""
     doc = inspect.getdoc(cls) or ""
     lines = doc.splitlines()
     return {
@@ -45,8 +47,6 @@ def describe(name: str, cls: type[Any], kind: str) -> dict[str, Any]:
         "kind": kind,
         "summary": lines[0] if lines else "",
         "paper": _paragraph(lines, "Paper:"),
-        # Every fold looks at activations, if only at their ranges.
-        "needs": ["calibration text", "torch"] if kind == "fold" or cls().needs else [],
         "defaults": {
             field.name: field.default
             for field in dataclasses.fields(cls)
@@ -70,6 +70,11 @@ def _recipes() -> list[dict[str, str]]:
     from nybble.compress.recipe import shipped
 
     return [{"name": name, "summary": summary} for name, summary in shipped().items()]
+
+
+def _needs(cls: type[Any], kind: str) -> list[str]:
+    """Name what it takes besides the weights; a fold looks at activations, if only their ranges."""
+    return ["calibration text", "torch"] if kind == "fold" or cls().needs else []
 
 
 def _known() -> list[tuple[str, str, type[Any]]]:
