@@ -7,6 +7,7 @@ are kept in float64 and made in float32, a window at a time.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,8 @@ class InputStats:
         ``X^T X``; the GPTQ literature's Hessian, up to a factor.
     drift
         ``(X_ref - X)^T X`` with the original model's inputs ``X_ref`` of the same tokens.
+    derived
+        What methods have computed from the sums, for the next linear that shares them.
     """
 
     def __init__(self, name: str, cols: int, needs: Collection[str] = ()) -> None:
@@ -64,6 +67,7 @@ class InputStats:
         self.absolute: Doubles = np.zeros(cols)
         self.gram: Doubles = np.zeros((cols, cols) if "gram" in self.needs else (0, 0))
         self.drift: Doubles = np.zeros((cols, cols) if "reference" in self.needs else (0, 0))
+        self.derived: dict[Any, Any] = {}
         self._sample: list[Floats] = []
 
     def update(self, inputs: Floats, reference: Floats | None = None) -> None:

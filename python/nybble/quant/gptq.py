@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,42 +109,62 @@ class Gptq(Quantizer):
             message = f"inputs: expected second moments of {cols} channels, "
             message += f"found an array of shape {list(inputs.gram.shape)}"
             raise ArgumentError(message)
-        gram = inputs.gram / max(inputs.count, 1)
-        diagonal = np.diagonal(gram)
-        if not diagonal.any():  # nothing ever came in: all weights are as good
+        if not inputs.gram.any():  # nothing ever came in: all weights are as good
             plain = Rtn().quantize(weights, scheme, threads=threads)
-            return IntWeights(
-                plain.codes, plain.scales, plain.zeros, plain.bits, "its inputs were all zero"
-            )
-        if self.propagate:
-            weights = self._propagated(weights, inputs, gram)
-        order = np.argsort(-diagonal, kind="stable") if self.act_order else None
-        factor, damping = inverse_factor(gram, self.damping, order)
-        note = "" if damping == self.damping else f"damping {damping:g}: the inputs are dependent"
-        # 1 / diag H^-1: how much an error of this weight costs when all others make up for it.
-        importance = np.empty(cols, dtype=np.float32)
-        conditional = 1 / np.square(factor, dtype=np.float64).sum(axis=0)
-        importance[slice(None) if order is None else order] = conditional / conditional.mean()
+            return replace(plain, note="its inputs were all zero")
+        if self not in inputs.derived:
+            inputs.derived[self] = self._metric(inputs)
+        metric = inputs.derived[self]
+        if metric.correction is not None:
+            weights = weights + weights @ metric.correction
         codes, scales, zeros = _nybble.gptq(
             np.ascontiguousarray(weights, dtype=np.float32),
             scheme.bits,
             cols if scheme.group is None else scheme.group,
             scheme.zeros,
+            metric.factor,
+            metric.order,
+            metric.importance,
+            threads,
+        )
+        return IntWeights(codes, scales, zeros, scheme.bits, metric.note)
+
+    def _metric(self, inputs: InputStats) -> _Metric:
+        gram = inputs.gram / inputs.count
+        diagonal = np.diagonal(gram)
+        order = np.argsort(-diagonal, kind="stable") if self.act_order else None
+        factor, damping = inverse_factor(gram, self.damping, order)
+        # 1 / diag H^-1: how much an error of this weight costs when all others make up for it.
+        importance = np.empty(len(gram), dtype=np.float32)
+        conditional = 1 / np.square(factor, dtype=np.float64).sum(axis=0)
+        importance[slice(None) if order is None else order] = conditional / conditional.mean()
+        correction = None
+        if self.propagate:
+            damped = gram + max(self.damping, 0.01) * diagonal.mean() * np.eye(len(gram))
+            solved = np.linalg.solve(damped, (inputs.drift / inputs.count).T).T
+            correction = (self.propagate * solved).astype(np.float32)
+        return _Metric(
             factor,
             None if order is None else order.astype(np.uint32),
             importance,
-            threads,
+            correction,
+            "" if damping == self.damping else f"damping {damping:g}: the inputs are dependent",
         )
-        return IntWeights(codes, scales, zeros, scheme.bits, note)
 
-    def _propagated(self, weights: Floats, inputs: InputStats, gram: Doubles) -> Floats:
-        """Return the weights that give the original outputs from the inputs there are now."""
-        damped = gram + max(self.damping, 0.01) * np.diagonal(gram).mean() * np.eye(len(gram))
-        moved = weights @ (inputs.drift / inputs.count)
-        corrected: Floats = (weights + self.propagate * np.linalg.solve(damped, moved.T).T).astype(
-            np.float32
-        )
-        return corrected
+
+@dataclass(frozen=True)
+class _Metric:
+    """What the linears that share inputs share.
+
+    ``W + W correction`` are the weights that give the original outputs from the inputs there are
+    now; the other fields are what the core's sweep takes.
+    """
+
+    factor: Floats
+    order: npt.NDArray[np.uint32] | None
+    importance: Floats
+    correction: Floats | None
+    note: str
 
 
 def inverse_factor(
