@@ -124,8 +124,12 @@ pub(crate) unsafe fn walk<const MAX: usize>(
                 }
                 // SAFETY: only this thread uses this tile's columns, and the slice is gone before the next is made.
                 let to = unsafe { y.row(first + r, t * TILE_ROWS, TILE_ROWS) };
-                // The last tile of a matrix may have fewer rows than 16.
-                to.copy_from_slice(&outputs[..to.len()]);
+                if let Ok(to) = <&mut Outputs>::try_from(&mut *to) {
+                    *to = *outputs; // a length the compiler knows: two stores instead of a call of memmove
+                } else {
+                    // The last tile of a matrix may have fewer rows than 16.
+                    to.copy_from_slice(&outputs[..to.len()]);
+                }
             }
         }
     }

@@ -7,6 +7,7 @@
 //!
 //! The shapes were validated before; one matrix at a time is unpacked, packed and dropped.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::blocks::{Block, Layer, Norm};
@@ -229,7 +230,7 @@ impl Loader<'_> {
             Packed::from_half(rows, cols, &bits, layout, self.pool)
         } else {
             let values = self.checkpoint.read_all(name, exchanged, cols, self.pool)?;
-            Packed::from_f32(rows, cols, &reorder(values, cols, row_map), self.pool)
+            Packed::from_f32(rows, cols, &reorder(values.into(), cols, row_map), self.pool)
         };
         self.checkpoint.release(name);
         packed
@@ -373,7 +374,11 @@ fn rounding(
 }
 
 /// Rows of `cols` values, row `r` taken from row `row_map[r]`.
-fn reorder<T: Copy>(values: Vec<T>, cols: usize, row_map: Option<&[u32]>) -> Vec<T> {
+pub(super) fn reorder<'a, T: Copy>(
+    values: Cow<'a, [T]>,
+    cols: usize,
+    row_map: Option<&[u32]>,
+) -> Cow<'a, [T]> {
     match row_map {
         None => values,
         Some(map) => map.iter().flat_map(|row| &values[*row as usize * cols..][..cols]).copied().collect(),
@@ -421,6 +426,6 @@ mod tests {
 
     #[test]
     fn rows_are_gathered() {
-        assert_eq!(reorder(vec![1, 2, 3, 4, 5, 6], 2, Some(&[2, 0])), [5, 6, 1, 2]);
+        assert_eq!(*reorder((&[1, 2, 3, 4, 5, 6]).into(), 2, Some(&[2, 0])), [5, 6, 1, 2]);
     }
 }
