@@ -171,6 +171,9 @@ pub(crate) fn opaque(value: usize) -> usize {
 /// A kernel type holding its capability token, its `kernel()` and its [`super::IntMatmul`].
 macro_rules! int_matmul_kernel {
     ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident) => {
+        $crate::kernels::tiles::int_matmul_kernel!($token, $isa, $layout, $rows, $block, 8);
+    };
+    ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident, $activation_bits:literal) => {
         /// Holds the proof that the instructions may be used.
         struct Kernel(#[allow(dead_code)] crate::cpu::$token);
 
@@ -188,6 +191,10 @@ macro_rules! int_matmul_kernel {
 
             fn layout(&self) -> crate::pack::Layout {
                 $layout
+            }
+
+            fn activation_bits(&self) -> u32 {
+                $activation_bits
             }
 
             unsafe fn tiles(
