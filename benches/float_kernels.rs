@@ -42,8 +42,9 @@ fn weights(pool: &Pool, layout: Layout, (rows, cols): (usize, usize)) -> Packed 
     match layout {
         Layout::F32 => Packed::from_f32(rows, cols, &values, pool),
         Layout::F16 | Layout::Bf16 => {
-            let bits: Vec<u16> = values.iter().map(|x| (x.to_bits() >> 16) as u16 & 0xbfff).collect();
-            Packed::from_half(rows, cols, &bits, layout, pool)
+            let bits = |x: &f32| ((x.to_bits() >> 16) as u16 & 0xbfff).to_le_bytes();
+            let data: Vec<_> = values.iter().map(bits).collect();
+            Packed::from_half(rows, cols, &data, layout, pool)
         }
         Layout::W4 | Layout::W8 => {
             let bits = if layout == Layout::W4 { 4 } else { 8 };

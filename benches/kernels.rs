@@ -10,8 +10,8 @@
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use nybble::kernels::quantize::{self, Activations, Granularity};
-use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a8, w8a8};
+use nybble::kernels::quantize::{self, Activations, Granularity, Rounding};
+use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a4, w4a4_trip, w4a8, w8a8};
 use nybble::pack::{IntSource, Packed};
 use nybble::threads::Pool;
 
@@ -54,12 +54,20 @@ fn weights(pool: &Pool, bits: u32, (rows, cols): (usize, usize), group: usize) -
     Packed::from_int(&source, pool).expect("good weights")
 }
 
-fn activations(pool: &Pool, rows: usize, cols: usize, group: usize) -> Activations {
+fn activations(pool: &Pool, bits: u32, rows: usize, cols: usize, group: usize) -> Activations {
     let x: Vec<f32> = noise(rows * cols).iter().map(|&b| f32::from(b) - 127.5).collect();
     let kernels = quantize::kernels();
     let mut activations = Activations::new();
     activations
-        .quantize(pool, kernels[kernels.len() - 1], &x, rows, cols, group, Granularity::Group)
+        .quantize(
+            pool,
+            kernels[kernels.len() - 1],
+            &x,
+            rows,
+            cols,
+            group,
+            Rounding { bits, per: Granularity::Group },
+        )
         .expect("good activations");
     activations
 }
@@ -74,7 +82,9 @@ fn matmul(c: &mut Criterion, op: &str, bits: u32, kernels: &[&'static dyn IntMat
             .warm_up_time(Duration::from_millis(300));
         for columns in [32, 128] {
             let w = weights(&pool, bits, shape, columns);
-            let x = activations(&pool, rows, shape.1, columns);
+            // The oracle of w4a4 is that of w4a8, and takes any.
+            let bits = kernels.iter().map(|kernel| kernel.activation_bits()).min().unwrap_or(8);
+            let x = activations(&pool, bits, rows, shape.1, columns);
             let mut y = vec![0.0; rows * shape.0];
             group.throughput(if rows == 1 {
                 Throughput::Bytes(w.bytes() as u64)
@@ -97,6 +107,8 @@ fn matmul(c: &mut Criterion, op: &str, bits: u32, kernels: &[&'static dyn IntMat
 fn integer_matmuls(c: &mut Criterion) {
     matmul(c, "w4a8", 4, &w4a8::kernels());
     matmul(c, "w8a8", 8, &w8a8::kernels());
+    matmul(c, "w4a4", 4, &w4a4::kernels());
+    matmul(c, "w4a4_trip", 4, &w4a4_trip::kernels());
 }
 
 fn quantizing(c: &mut Criterion) {
@@ -111,7 +123,15 @@ fn quantizing(c: &mut Criterion) {
         group.bench_function(kernel.isa().name(), |b| {
             b.iter(|| {
                 activations
-                    .quantize(&pool, kernel, &x, rows, cols, 32, Granularity::Group)
+                    .quantize(
+                        &pool,
+                        kernel,
+                        &x,
+                        rows,
+                        cols,
+                        32,
+                        Rounding { bits: 8, per: Granularity::Group },
+                    )
                     .expect("good input");
             });
         });

@@ -16,15 +16,15 @@
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use nybble::kernels::quantize::{self, Activations, Granularity};
-use nybble::kernels::{Columns, IntMatmul, int_matmul, peak, w4a8, w8a8};
+use nybble::kernels::quantize::{self, Activations, Granularity, Rounding};
+use nybble::kernels::{Columns, IntMatmul, int_matmul, peak, w4a4, w4a4_trip, w4a8, w8a8};
 use nybble::pack::{IntSource, Packed};
 use nybble::probe::read_bandwidth;
 use nybble::threads::Pool;
 
 const SIDE: usize = 4096;
 const HEADER: &str = "op,isa,group,threads,rows,side,cold_mb,median_us,gb_s,bandwidth_gb_s,bandwidth_share,\
-gmac_s,peak_gmac_s,peak_share";
+gmac_s,peak_gmac_s,peak_share,clock_ghz,mac_per_cycle";
 
 struct Settings {
     quick: bool,
@@ -85,18 +85,20 @@ fn weights(pool: &Pool, bits: u32, side: usize, group: usize, seed: u32) -> Pack
     Packed::from_int(&source, pool).expect("good weights")
 }
 
-fn activations(pool: &Pool, rows: usize, cols: usize, group: usize) -> Activations {
+fn activations(pool: &Pool, bits: u32, rows: usize, cols: usize, group: usize) -> Activations {
     let x: Vec<f32> = noise(rows * cols, 1).iter().map(|&b| f32::from(b) - 127.5).collect();
     let kernel = *quantize::kernels().last().expect("scalar is always there");
     let mut activations = Activations::new();
-    activations.quantize(pool, kernel, &x, rows, cols, group, Granularity::Group).expect("good activations");
+    activations
+        .quantize(pool, kernel, &x, rows, cols, group, Rounding { bits, per: Granularity::Group })
+        .expect("good activations");
     activations
 }
 
 /// Seconds of one multiplication: the median over walks through all matrices.
 fn seconds(pool: &Pool, kernel: &dyn IntMatmul, matrices: &[Packed], rows: usize, repeats: usize) -> f64 {
     let (side, group) = (matrices[0].cols(), matrices[0].group());
-    let x = activations(pool, rows, side, group);
+    let x = activations(pool, kernel.activation_bits(), rows, side, group);
     let mut y = vec![0.0; rows * side];
     let mut walk = || {
         let start = Instant::now();
@@ -122,10 +124,16 @@ fn main() {
     let mut csv = String::from(HEADER);
     println!("{threads} threads, {side} x {side}, medians of {repeats}");
     println!(
-        "{:<22} {:>5} {:>10} {:>8} {:>10} {:>8} {:>10}",
-        "kernel", "rows", "us", "GB/s", "of memory", "GMAC/s", "of peak"
+        "{:<26} {:>5} {:>10} {:>8} {:>10} {:>8} {:>10} {:>10}",
+        "kernel", "rows", "us", "GB/s", "of memory", "GMAC/s", "of peak", "MAC/cycle"
     );
-    for (op, bits, kernels) in [("w4a8", 4, w4a8::kernels()), ("w8a8", 8, w8a8::kernels())] {
+    let operations = [
+        ("w4a8", 4, w4a8::kernels()),
+        ("w8a8", 8, w8a8::kernels()),
+        ("w4a4", 4, w4a4::kernels()),
+        ("w4a4_trip", 4, w4a4_trip::kernels()),
+    ];
+    for (op, bits, kernels) in operations {
         for group in [32, 64, 128, side] {
             let bytes = weights(&pool, bits, side, group, 1).bytes();
             let count = ((cold_mb << 20) / bytes).max(1);
@@ -142,6 +150,7 @@ fn main() {
                 }
                 let probe = if settings.quick { 1 << 20 } else { 512 << 20 };
                 let bandwidth = read_bandwidth(&pool, probe) / 1e9;
+                let clock = peak::clock() / 1e9;
                 let peak = peak::int8_products(&pool, isa).map(|rate| rate / 1e9);
                 for &rows in &settings.rows {
                     // Many rows take long enough with one matrix.
@@ -151,8 +160,10 @@ fn main() {
                     let products = (rows * side * side) as f64 / time / 1e9;
                     let share =
                         peak.map_or(String::new(), |peak| format!("{:.0} %", 100.0 * products / peak));
+                    let per_cycle = products / clock / threads as f64;
                     println!(
-                        "{label:<22} {rows:>5} {:>10.1} {read:>8.1} {:>8.0} % {products:>8.1} {share:>10}",
+                        "{label:<26} {rows:>5} {:>10.1} {read:>8.1} {:>8.0} % {products:>8.1} {share:>10} \
+                         {per_cycle:>10.1}",
                         time * 1e6,
                         100.0 * read / bandwidth
                     );
@@ -162,7 +173,7 @@ fn main() {
                     let _ = write!(
                         csv,
                         "\n{op},{},{group},{threads},{rows},{side},{cold_mb},{:.1},{read:.2},{bandwidth:.2},{:.3},\
-                         {products:.2},{peak},{peak_share}",
+                         {products:.2},{peak},{peak_share},{clock:.2},{per_cycle:.2}",
                         isa.name(),
                         time * 1e6,
                         read / bandwidth

@@ -11,7 +11,7 @@ from nybble.quant import Gptq, Rtn, Scheme, SmoothQuant, Trip
 def test_defaults_are_four_bits_with_zero_points_and_eight_for_the_tables():
     recipe = read(None)
     assert recipe == Recipe()
-    assert recipe.linear_scheme() == Scheme(4, 32, False, 8, "group")
+    assert recipe.linear_scheme("down") == Scheme(4, 32, False, 8, "group")
     assert recipe.matrix_scheme(recipe.embedding) == Scheme(8, 32, True, 8, "group")
     assert isinstance(recipe.weights.quantizer(), Rtn)
 
@@ -22,7 +22,7 @@ def test_defaults_are_four_bits_with_zero_points_and_eight_for_the_tables():
 )
 def test_shipped_recipes(name, bits, inputs, symmetric):
     assert shipped()[name]
-    assert read(name).linear_scheme() == Scheme(bits, 32, symmetric, inputs, "group")
+    assert read(name).linear_scheme("down") == Scheme(bits, 32, symmetric, inputs, "group")
 
 
 def test_a_file_a_mapping_and_what_is_written_back_agree(tmp_path):
@@ -36,7 +36,7 @@ def test_a_file_a_mapping_and_what_is_written_back_agree(tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     recipe = read(tmp_path / "r.yaml")
     assert recipe == read(str(tmp_path / "r.yaml")) == read(yaml.safe_load(text))
-    assert recipe.linear_scheme() == Scheme(8, None, True, 8, "token")
+    assert recipe.linear_scheme("down") == Scheme(8, None, True, 8, "token")
     assert recipe.matrix_scheme(recipe.head) == Scheme(4, 64, False, 8, "token")
     assert recipe.matrix_scheme(recipe.embedding) == Scheme(8, None, True, 8, "token")
     (tmp_path / "again.yml").write_text(recipe.to_yaml())
@@ -45,10 +45,10 @@ def test_a_file_a_mapping_and_what_is_written_back_agree(tmp_path):
 
 def test_options_take_the_place_of_what_a_recipe_says():
     recipe = read("w8a8").with_options(weights=4, group=64, activations=16, symmetric=True)
-    assert recipe.linear_scheme() == Scheme(4, 64, True, 16, "group")
+    assert recipe.linear_scheme("down") == Scheme(4, 64, True, 16, "group")
     assert read("w8a8").with_options() == read("w8a8")
     floats = read(None).with_options(weights=16)
-    assert floats.linear_scheme() is None
+    assert floats.linear_scheme("down") is None
     assert floats.matrix_scheme(floats.embedding) is None
 
 
@@ -65,7 +65,10 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"weights": 4}, ["weights", "mapping"]),
         ({"weights": {"method": 4}}, ["weights.method", "name"]),
         ({"weights": {"method": {"name": "rtn", "damp": 1}}}, ["'damp'"]),
-        ({"activations": {"bits": 4}}, ["activations.bits", "8, 16"]),
+        ({"activations": {"bits": 6}}, ["activations.bits", "4, 8, 16"]),
+        ({"activations": {"roles": {"dwn": 4}}}, ["role 'dwn'", "did you mean down"]),
+        ({"activations": {"roles": {"down": 5}}}, ["activations.roles.down", "5"]),
+        ({"activations": {"roles": 4}}, ["activations.roles", "mapping"]),
         ({"activations": {"strategy": "tensor"}}, ["activations.strategy"]),
         ({"embedding": {"bits": 2}}, ["bits", "2"]),
         ({"head": {"group": "all"}}, ["group", "all"]),
@@ -98,7 +101,7 @@ def test_who_needs_calibration():
     assert read({"weights": {"method": "gptq", "bits": 16}}).needs_calibration() == ""
     assert read({"folds": "awq"}).needs_calibration() == "folds"
     agile = read("agile-quant-8")
-    assert agile.linear_scheme() == Scheme(4, 128, False, 8, "group")
+    assert agile.linear_scheme("down") == Scheme(4, 128, False, 8, "group")
     assert isinstance(agile.weights.quantizer(), Gptq)
     assert isinstance(agile.fold(), Trip)
     assert read("w8a8-smoothquant").fold() == SmoothQuant(0.5)

@@ -82,7 +82,7 @@ GROUP = ("config_groups", "group_0")
         ((*GROUP, "weights", "strategy"), "block", UnsupportedError),
         ((*GROUP, "weights", "group_size"), 48, UnsupportedError),
         ((*GROUP, "input_activations"), "yes", FormatError),
-        ((*GROUP, "input_activations", "num_bits"), 4, UnsupportedError),
+        ((*GROUP, "input_activations", "num_bits"), 6, UnsupportedError),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(path, value, error):

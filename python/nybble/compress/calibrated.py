@@ -239,6 +239,8 @@ class CalibratedPass:
                     f"fold: {pair.consumers[0]} stays in float: its inputs keep their scale"
                 )
                 continue
+            if fold.rounds_inputs and scheme.activations == 16:
+                continue
             weights = [layer.weight(name) for name in pair.consumers]
             factors = fold.factors(pair, weights, stats[pair.stage], scheme)
             divisor = factors[pair.columns].astype(np.float32)

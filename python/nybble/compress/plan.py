@@ -183,12 +183,7 @@ class _Planner:
 
     def linear(self, linear: Mapping[str, Any]) -> None:
         name, role = linear["module"], linear["role"]
-        wanted = (
-            self.recipe.matrix_scheme(self.recipe.head)
-            if role == "head"
-            else self.recipe.linear_scheme()
-        )
-        self._matrix(name, role, "Linear", linear, wanted)
+        self._matrix(name, role, "Linear", linear, self.recipe.linear_scheme(role))
         if linear["bias"]:
             self._float(f"{name}.bias", "other", (linear["rows"],))
 

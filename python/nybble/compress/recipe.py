@@ -3,7 +3,7 @@
 A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
 
     weights: {bits: 4, group: 32, symmetric: false, zeros: fractional, method: rtn}
-    activations: {bits: 8, strategy: group}
+    activations: {bits: 8, strategy: group, roles: {}}
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
     folds: []
@@ -49,6 +49,7 @@ from nybble.runtime.files import read_text
 __all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
 
 _MAX_FILE = 1 << 20
+_ROLES = ("qkv", "out", "gate_up", "down", "project", "head")
 
 
 def _check(where: str, found: object, accepted: tuple[object, ...]) -> None:
@@ -107,18 +108,35 @@ class Activations:
     Parameters
     ----------
     bits
-        8, or 16 to leave them in float.
+        8, 4, or 16 to leave them in float.
     strategy
         One scale for each ``group`` of a token's values, as wide as the weights' group, or one for
         the whole ``token``.
+    roles
+        Other bits for the inputs of some linears: ``qkv``, ``out``, ``gate_up``, ``down``,
+        ``project``, ``head``. What the head reads is rounded to 8 bits where all others have 4,
+        unless it is named here.
     """
 
     bits: int = 8
     strategy: str = "group"
+    roles: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check("activations.bits", self.bits, (8, 16))
+        _check("activations.bits", self.bits, (4, 8, 16))
         _check("activations.strategy", self.strategy, ("group", "token"))
+        roles: object = self.roles
+        if not isinstance(roles, Mapping):
+            message = f"recipe: activations.roles: expected a mapping, found {roles!r:.60}"
+            raise ConfigError(message)
+        for role, bits in roles.items():
+            if role not in _ROLES:
+                raise ConfigError("recipe: activations.roles: " + unknown("role", role, _ROLES))
+            _check(f"activations.roles.{role}", bits, (4, 8, 16))
+
+    def of(self, role: str) -> int:
+        """Return the bits for the inputs of linears of a role."""
+        return self.roles.get(role, max(self.bits, 8) if role == "head" else self.bits)
 
 
 @dataclass(frozen=True)
@@ -195,7 +213,8 @@ class Recipe:
         fold = self.fold()
         if fold is None:
             return
-        if fold.rounds_inputs and self.activations.bits == 16:
+        inputs = self.activations
+        if fold.rounds_inputs and {inputs.bits, *inputs.roles.values()} == {16}:
             message = (
                 "recipe: folds: it prepares activations for rounding, but activations.bits is 16"
             )
@@ -222,10 +241,12 @@ class Recipe:
         needed = self.weights.bits < 16 and self.weights.quantizer().needs
         return "weights.method" if needed else ""
 
-    def linear_scheme(self) -> Scheme | None:
-        """Return the scheme of the layers' linears; ``None`` leaves them in float."""
+    def linear_scheme(self, role: str) -> Scheme | None:
+        """Return the scheme of the linears of a role; ``None`` leaves them in float."""
+        if role == "head":
+            return self.matrix_scheme(self.head)
         weights = self.weights
-        return self._scheme(weights.bits, weights.group, weights.symmetric)
+        return self._scheme(weights.bits, weights.group, weights.symmetric, role)
 
     def matrix_scheme(self, matrix: Matrix) -> Scheme | None:
         """Return the scheme of the embedding or the head; ``None`` leaves it in float."""
@@ -233,16 +254,20 @@ class Recipe:
         if bits is None:
             bits = 8 if self.weights.bits < 16 else 16
         group = self.weights.group if matrix.group == "weights" else matrix.group
-        return self._scheme(bits, group if isinstance(group, int) else None, matrix.symmetric)
+        return self._scheme(
+            bits, group if isinstance(group, int) else None, matrix.symmetric, "head"
+        )
 
-    def _scheme(self, bits: int, group: int | None, symmetric: bool | None) -> Scheme | None:
+    def _scheme(
+        self, bits: int, group: int | None, symmetric: bool | None, role: str
+    ) -> Scheme | None:
         if bits == 16:
             return None
         if symmetric is None:
             symmetric = bits == 8
         inputs = self.activations
         whole = self.weights.zeros == "whole"
-        return Scheme(bits, group, symmetric, inputs.bits, inputs.strategy, whole)
+        return Scheme(bits, group, symmetric, inputs.of(role), inputs.strategy, whole)
 
     def with_options(
         self,
@@ -277,6 +302,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["ignore"] = list(self.ignore)
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
+        values["activations"]["roles"] = dict(self.activations.roles)
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 

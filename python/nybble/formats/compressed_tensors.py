@@ -151,7 +151,7 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
     # weights, that is one scale a token.
     by_group = scheme.strategy == "group" and scheme.group is not None
     return {
-        "num_bits": 8,
+        "num_bits": scheme.activations,
         "type": "int",
         "symmetric": True,
         "strategy": "group" if by_group else "token",

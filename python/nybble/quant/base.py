@@ -48,10 +48,10 @@ class Scheme:
         Whether zero points are whole codes where they could be sixteenths (asymmetric groups of
         4-bit weights). Then a weight of 0 stays 0.
     activations
-        Bits of the activations: 8, or 16 to leave them in float.
+        Bits of the activations: 8 or 4, or 16 to leave them in float.
     strategy
-        With 8-bit activations, one scale a token (``"token"``) or one for each of its groups
-        (``"group"``), which are the weights' groups.
+        Of activations that are rounded: one scale a token (``"token"``) or one for each of its
+        groups (``"group"``), which are the weights' groups.
     """
 
     bits: int = 4
@@ -65,7 +65,7 @@ class Scheme:
         for name, found, accepted in (
             ("bits", self.bits, (4, 8)),
             ("group", self.group, (*GROUPS, None)),
-            ("activations", self.activations, (8, 16)),
+            ("activations", self.activations, (4, 8, 16)),
             ("strategy", self.strategy, ("group", "token")),
         ):
             if found not in accepted:

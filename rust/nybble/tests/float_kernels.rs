@@ -99,8 +99,8 @@ fn assert_same_bits(found: &[f32], expected: &[f32], what: &str) {
 fn matrices(rows: usize, cols: usize, numbers: &mut Numbers) -> Vec<Packed> {
     let pool = pool(2);
     let data = numbers.take(rows * cols);
-    let half: Vec<u16> = data.iter().map(|&x| f16::from_f32(x).to_bits()).collect();
-    let brain: Vec<u16> = data.iter().map(|&x| (x.to_bits() >> 16) as u16).collect();
+    let half: Vec<_> = data.iter().map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+    let brain: Vec<_> = data.iter().map(|&x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect();
     let mut list = vec![
         Packed::from_f32(rows, cols, &data, &pool).expect("packs"),
         Packed::from_half(rows, cols, &half, Layout::F16, &pool).expect("packs"),

@@ -7,8 +7,8 @@
 
 use nybble::cpu::Isa;
 use nybble::error::Error;
-use nybble::kernels::quantize::{self, Activations, Granularity, Quantize};
-use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a8, w8a8};
+use nybble::kernels::quantize::{self, Activations, Granularity, Quantize, Rounding};
+use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a4, w4a4_trip, w4a8, w8a8};
 use nybble::pack::{IntSource, Layout, Packed};
 use nybble::threads::Pool;
 use proptest::prelude::*;
@@ -208,10 +208,12 @@ fn activations(rows: usize, cols: usize, kind: Kind) -> Vec<f32> {
     (0..rows * cols).map(|i| value(i, &mut random)).collect()
 }
 
-fn quantized(w: &Weights, rows: usize, kind: Kind, per: Granularity) -> Activations {
+const GROUPS_OF_8: Rounding = Rounding { bits: 8, per: Granularity::Group };
+
+fn quantized(w: &Weights, rows: usize, kind: Kind, rounding: Rounding) -> Activations {
     let pool = Pool::new(1).expect("a pool");
     let mut x = Activations::new();
-    x.quantize(&pool, scalar_quantize(), &activations(rows, w.cols, kind), rows, w.cols, w.group, per)
+    x.quantize(&pool, scalar_quantize(), &activations(rows, w.cols, kind), rows, w.cols, w.group, rounding)
         .expect("good activations");
     x
 }
@@ -251,7 +253,7 @@ fn tier<T: ?Sized>(list: Vec<&'static T>, isa_of: impl Fn(&T) -> Isa, isa: Isa) 
 }
 
 /// All sizes and inputs; any number of rows together gives the rows that `scalar` computes one by one.
-fn check_matmul(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: u32, isa: Isa) {
+fn check_matmul(kernels: fn() -> Vec<&'static dyn IntMatmul>, [bits_per_weight, x_bits]: [u32; 2], isa: Isa) {
     let Some(kernel) = tier(kernels(), IntMatmul::isa, isa) else { return };
     let scalar = kernels()[0];
     assert_eq!(scalar.isa(), Isa::Scalar);
@@ -264,13 +266,14 @@ fn check_matmul(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: u
                     let packed = w.pack(&pool);
                     let all = ROWS[ROWS.len() - 1];
                     let per = if outputs % 2 == 0 { Granularity::Token } else { Granularity::Group };
-                    let x = quantized(&w, all, kind, per);
+                    let rounding = Rounding { bits: x_bits, per };
+                    let x = quantized(&w, all, kind, rounding);
                     let expected = multiply(&pool, scalar, &packed, &x);
                     if isa == Isa::Scalar && kind != Kind::OddScales {
                         assert_eq!(bits(&expected), bits(&w.formula(&x)), "{outputs} {shape:?} {kind:?}");
                     }
                     for rows in ROWS {
-                        let y = multiply(&pool, kernel, &packed, &quantized(&w, rows, kind, per));
+                        let y = multiply(&pool, kernel, &packed, &quantized(&w, rows, kind, rounding));
                         assert_eq!(
                             bits(&y),
                             bits(&expected[..rows * outputs]),
@@ -284,11 +287,15 @@ fn check_matmul(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: u
 }
 
 /// The same bits with one, two and three threads.
-fn check_threads(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: u32, isa: Isa) {
+fn check_threads(
+    kernels: fn() -> Vec<&'static dyn IntMatmul>,
+    [bits_per_weight, x_bits]: [u32; 2],
+    isa: Isa,
+) {
     let Some(kernel) = tier(kernels(), IntMatmul::isa, isa) else { return };
     for outputs in [1, 33, 100] {
         let w = Weights::new(bits_per_weight, outputs, (96, 32), true, Kind::Random);
-        let x = quantized(&w, 5, Kind::Random, Granularity::Group);
+        let x = quantized(&w, 5, Kind::Random, Rounding { bits: x_bits, per: Granularity::Group });
         let y = [1, 2, 3].map(|threads| {
             let pool = Pool::new(threads).expect("a pool");
             bits(&multiply(&pool, kernel, &w.pack(&pool), &x))
@@ -297,12 +304,18 @@ fn check_threads(kernels: fn() -> Vec<&'static dyn IntMatmul>, bits_per_weight: 
     }
 }
 
+/// Every way to round.
+fn roundings() -> [Rounding; 6] {
+    let pers = [Granularity::Token, Granularity::Group, Granularity::Tensor(0.011)];
+    std::array::from_fn(|i| Rounding { bits: [8, 4][i / 3], per: pers[i % 3] })
+}
+
 /// Codes, scales and sums are those of `scalar`, for every shape and input, on any number of threads.
 fn check_quantize(isa: Isa) {
     let Some(kernel) = tier(quantize::kernels(), Quantize::isa, isa) else { return };
     let pools = [1, 2, 3].map(|threads| Pool::new(threads).expect("a pool"));
     let (mut x, mut expected) = (Activations::new(), Activations::new());
-    for per in [Granularity::Token, Granularity::Group] {
+    for rounding in roundings() {
         for (cols, group) in SHAPES.into_iter().chain([(16_384, 128)]) {
             for (rows, pool) in
                 [(3, &pools[0]), (0, &pools[1]), (1, &pools[1]), (2, &pools[1]), (17, &pools[2])]
@@ -315,9 +328,9 @@ fn check_quantize(isa: Isa) {
                 let huge = (0..rows * cols).map(|i| [f32::MAX, -f32::MAX, 1.0, 1e38][i % 4]);
                 let more: [Vec<f32>; 3] = [halves.collect(), tiny.collect(), huge.collect()];
                 for input in inputs.iter().chain(&more) {
-                    x.quantize(pool, kernel, input, rows, cols, group, per).expect("good input");
+                    x.quantize(pool, kernel, input, rows, cols, group, rounding).expect("good input");
                     expected
-                        .quantize(&pools[0], scalar_quantize(), input, rows, cols, group, per)
+                        .quantize(&pools[0], scalar_quantize(), input, rows, cols, group, rounding)
                         .expect("good input");
                     assert_eq!((x.rows(), x.cols(), x.group()), (rows, cols, expected.group()));
                     for r in 0..rows {
@@ -333,60 +346,71 @@ fn check_quantize(isa: Isa) {
 }
 
 macro_rules! tiers {
-    ($($isa:ident: $($name:ident)*;)*) => { $(tiers!(@ $isa $($name)*);)* };
-    (@ $isa:ident $w4a8:ident $w4a8_threads:ident $w8a8:ident $w8a8_threads:ident $($quantize:ident)?) => {
+    ($($isa:ident: $w4a8:ident $w8a8:ident $w4a4:ident $trip:ident $($quantize:ident)?;)*) => { $(
         #[test]
         fn $w4a8() {
-            check_matmul(w4a8::kernels, 4, Isa::$isa);
-        }
-
-        #[test]
-        fn $w4a8_threads() {
-            check_threads(w4a8::kernels, 4, Isa::$isa);
+            check_matmul(w4a8::kernels, [4, 8], Isa::$isa);
+            check_threads(w4a8::kernels, [4, 8], Isa::$isa);
         }
 
         #[test]
         fn $w8a8() {
-            check_matmul(w8a8::kernels, 8, Isa::$isa);
+            check_matmul(w8a8::kernels, [8, 8], Isa::$isa);
+            check_threads(w8a8::kernels, [8, 8], Isa::$isa);
         }
 
         #[test]
-        fn $w8a8_threads() {
-            check_threads(w8a8::kernels, 8, Isa::$isa);
+        fn $w4a4() {
+            check_matmul(w4a4::kernels, [4, 4], Isa::$isa);
+            check_threads(w4a4::kernels, [4, 4], Isa::$isa);
+        }
+
+        #[test]
+        fn $trip() {
+            check_matmul(w4a4_trip::kernels, [4, 4], Isa::$isa);
+            check_threads(w4a4_trip::kernels, [4, 4], Isa::$isa);
         }
 
         $(#[test]
         fn $quantize() {
             check_quantize(Isa::$isa);
         })?
-    };
+    )* };
 }
 
 tiers! {
-    Scalar: w4a8_scalar w4a8_scalar_threads w8a8_scalar w8a8_scalar_threads quantize_scalar;
-    Avx2: w4a8_avx2 w4a8_avx2_threads w8a8_avx2 w8a8_avx2_threads quantize_avx2;
-    Avx512Vnni: w4a8_avx512vnni w4a8_avx512vnni_threads w8a8_avx512vnni w8a8_avx512vnni_threads quantize_avx512vnni;
-    AvxVnni: w4a8_avxvnni w4a8_avxvnni_threads w8a8_avxvnni w8a8_avxvnni_threads;
-    Neon: w4a8_neon w4a8_neon_threads w8a8_neon w8a8_neon_threads;
-    NeonDotprod: w4a8_neon_dotprod w4a8_neon_dotprod_threads w8a8_neon_dotprod w8a8_neon_dotprod_threads;
-    NeonI8mm: w4a8_neon_i8mm w4a8_neon_i8mm_threads w8a8_neon_i8mm w8a8_neon_i8mm_threads;
+    Scalar: w4a8_scalar w8a8_scalar w4a4_scalar w4a4_trip_scalar quantize_scalar;
+    Avx2: w4a8_avx2 w8a8_avx2 w4a4_avx2 w4a4_trip_avx2 quantize_avx2;
+    AvxVnni: w4a8_avxvnni w8a8_avxvnni w4a4_avxvnni w4a4_trip_avxvnni;
+    Avx512Vnni: w4a8_avx512vnni w8a8_avx512vnni w4a4_avx512vnni w4a4_trip_avx512vnni quantize_avx512vnni;
+    Neon: w4a8_neon w8a8_neon w4a4_neon w4a4_trip_neon;
+    NeonDotprod: w4a8_neon_dotprod w8a8_neon_dotprod w4a4_neon_dotprod w4a4_trip_neon_dotprod;
+    NeonI8mm: w4a8_neon_i8mm w8a8_neon_i8mm w4a4_neon_i8mm w4a4_trip_neon_i8mm;
 }
 
 #[test]
 fn quantize_scalar_follows_its_definition() {
     let pool = Pool::new(1).expect("a pool");
-    for per in [Granularity::Token, Granularity::Group] {
+    for rounding in roundings() {
         for (cols, group) in SHAPES {
             let input = activations(3, cols, Kind::Random);
             let mut x = Activations::new();
-            x.quantize(&pool, scalar_quantize(), &input, 3, cols, group, per).expect("good input");
+            x.quantize(&pool, scalar_quantize(), &input, 3, cols, group, rounding).expect("good input");
             for r in 0..3 {
                 let row = &input[r * cols..][..cols];
                 for (g, part) in row.chunks(group).enumerate() {
-                    let over = if per == Granularity::Token { row } else { part };
-                    let scale = over.iter().fold(0f32, |a, b| a.max(b.abs())) / 127.0;
-                    let codes: Vec<i8> =
-                        part.iter().map(|v| (v * (1.0 / scale)).round_ties_even() as i8).collect();
+                    let levels = if rounding.bits == 4 { 7.0 } else { 127.0 };
+                    let largest = |over: &[f32]| over.iter().fold(0f32, |a, b| a.max(b.abs()));
+                    let scale = match rounding.per {
+                        Granularity::Token => largest(row) / levels,
+                        Granularity::Group => largest(part) / levels,
+                        Granularity::Tensor(scale) => scale,
+                    };
+                    let code = |v: &f32| {
+                        (v.clamp(-levels * scale, levels * scale) * (1.0 / scale)).round_ties_even()
+                    };
+                    let codes: Vec<i8> = part.iter().map(|v| code(v) as i8).collect();
+                    assert!(codes.iter().all(|code| f32::from(code.abs()) <= levels));
                     assert_eq!(x.scales(r)[g].to_bits(), scale.to_bits());
                     assert_eq!(&x.codes(r)[g * group..][..part.len()], codes);
                     assert_eq!(x.sums(r)[g], codes.iter().map(|&c| i32::from(c)).sum::<i32>());
@@ -403,13 +427,40 @@ fn quantize_marks_what_has_no_scale() {
     let mut input = vec![1.0; 96];
     input[3] = f32::NAN;
     input[32..64].fill(1e-40);
-    x.quantize(&pool, scalar_quantize(), &input, 1, 96, 32, Granularity::Group).expect("good shape");
+    x.quantize(&pool, scalar_quantize(), &input, 1, 96, 32, GROUPS_OF_8).expect("good shape");
     assert!(x.scales(0)[0].is_nan() && x.scales(0)[1] == 0.0 && x.scales(0)[2] == 1.0 / 127.0);
     assert_eq!(x.sums(0), [0, 0, 127 * 32]);
     for (rows, cols, group) in
         [(1, 95, 32), (2, 96, 32), (1, 96, 0), (1, 96, 33), (1, 0, 32), (usize::MAX, 96, 32)]
     {
-        assert!(x.quantize(&pool, scalar_quantize(), &input, rows, cols, group, Granularity::Group).is_err());
+        assert!(x.quantize(&pool, scalar_quantize(), &input, rows, cols, group, GROUPS_OF_8).is_err());
+    }
+}
+
+#[test]
+fn roundings_that_mean_nothing_are_errors() {
+    let pool = Pool::new(1).expect("a pool");
+    let mut x = Activations::new();
+    let scales = [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-40].map(|scale| (8, Granularity::Tensor(scale)));
+    for (bits, per) in scales.into_iter().chain([(3, Granularity::Token), (16, Granularity::Group)]) {
+        let rounding = Rounding { bits, per };
+        assert!(
+            x.quantize(&pool, scalar_quantize(), &[1.0; 32], 1, 32, 32, rounding).is_err(),
+            "{rounding:?}"
+        );
+    }
+}
+
+#[test]
+fn kernels_of_4_bit_activations_refuse_8_bits() {
+    let pool = Pool::new(1).expect("a pool");
+    let w = Weights::new(4, 20, (64, 32), true, Kind::Random);
+    let x = quantized(&w, 2, Kind::Random, GROUPS_OF_8);
+    let mut y = vec![0.0; 40];
+    for kernel in w4a4::kernels().into_iter().chain(w4a4_trip::kernels()) {
+        let columns = Columns::new(&mut y, 2, 20, 0, 20);
+        let done = int_matmul(&pool, kernel, &w.pack(&pool), &x, columns);
+        assert_eq!(done.is_err(), kernel.activation_bits() == 4);
     }
 }
 
@@ -418,7 +469,7 @@ fn a_wrong_layout_or_shape_is_an_error() {
     let pool = Pool::new(1).expect("a pool");
     let w = Weights::new(8, 20, (64, 32), false, Kind::Random);
     let packed = w.pack(&pool);
-    let x = quantized(&w, 2, Kind::Random, Granularity::Group);
+    let x = quantized(&w, 2, Kind::Random, GROUPS_OF_8);
     let mut y = vec![0.0; 40];
     for kernel in w4a8::kernels() {
         let columns = Columns::new(&mut y, 2, 20, 0, 20);
@@ -433,7 +484,7 @@ fn a_wrong_layout_or_shape_is_an_error() {
     assert!(int_matmul(&pool, kernel, &packed, &x, short).is_err());
     for other in [(64, 64), (96, 32)] {
         let other = Weights::new(8, 20, other, false, Kind::Random);
-        let x = quantized(&other, 2, Kind::Random, Granularity::Group);
+        let x = quantized(&other, 2, Kind::Random, GROUPS_OF_8);
         let columns = Columns::new(&mut y, 2, 20, 0, 20);
         assert!(int_matmul(&pool, kernel, &packed, &x, columns).is_err());
     }

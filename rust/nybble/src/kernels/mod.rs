@@ -23,6 +23,8 @@ pub mod peak;
 pub mod quantize;
 pub mod rope;
 pub(crate) mod tiles;
+pub mod w4a4;
+pub mod w4a4_trip;
 pub mod w4a8;
 pub mod w8a8;
 #[cfg(target_arch = "x86_64")]
@@ -38,13 +40,18 @@ use crate::pack::{Layout, Packed, TILE_ROWS};
 use crate::threads::Pool;
 use quantize::Activations;
 
-/// A matmul of int8 activations with packed integer weights (`w4a8`, `w8a8`).
+/// A matmul of integer activations with packed integer weights (`w4a8`, `w8a8`, `w4a4`, `w4a4_trip`).
 pub trait IntMatmul: Sync {
     /// The tier.
     fn isa(&self) -> Isa;
 
     /// The layout of the weights it reads.
     fn layout(&self) -> Layout;
+
+    /// The most bits the activations may have: 8, or 4 for a kernel that relies on their small products.
+    fn activation_bits(&self) -> u32 {
+        8
+    }
 
     /// `y[r, 16 t .. 16 t + 16] = sum over groups g of (scale_w * scale_x) * (sum_k (code_w - zero) * code_x)` for every
     /// row `r` of `x` and every tile `t` in `tiles`.
@@ -66,6 +73,8 @@ pub struct Kernels {
     pub w4a8: &'static dyn IntMatmul,
     /// 8-bit weights, 8-bit activations.
     pub w8a8: &'static dyn IntMatmul,
+    /// 4-bit weights, 4-bit activations.
+    pub w4a4: &'static dyn IntMatmul,
     /// Any weights, float activations.
     pub f32: &'static dyn f32::FloatMatmul,
     /// Causal attention over the KV cache.
@@ -99,11 +108,23 @@ impl Kernels {
             quantize: pick(quantize::kernels(), quantize::Quantize::isa, isa),
             w4a8: pick(w4a8::kernels(), IntMatmul::isa, isa),
             w8a8: pick(w8a8::kernels(), IntMatmul::isa, isa),
+            w4a4: pick(w4a4::kernels(), IntMatmul::isa, isa),
             f32: pick(f32::kernels(), f32::FloatMatmul::isa, isa),
             attention: pick(attention::kernels(), attention::Attention::isa, isa),
             norm: pick(norm::kernels(), norm::Norm::isa, isa),
             rope: pick(rope::kernels(), rope::Rope::isa, isa),
             elementwise: pick(elementwise::kernels(), elementwise::Elementwise::isa, isa),
+        }
+    }
+
+    /// The kernel for weights of a layout and activations of that many bits.
+    ///
+    /// 8-bit weights have no kernel of their own for 4-bit activations: their products gain nothing from it.
+    pub fn int(&self, weights: Layout, activation_bits: u32) -> &'static dyn IntMatmul {
+        match (weights, activation_bits) {
+            (Layout::W4, 4) => self.w4a4,
+            (Layout::W4, _) => self.w4a8,
+            _ => self.w8a8,
         }
     }
 
@@ -113,6 +134,7 @@ impl Kernels {
             ("quantize", self.quantize.isa()),
             ("w4a8", self.w4a8.isa()),
             ("w8a8", self.w8a8.isa()),
+            ("w4a4", self.w4a4.isa()),
             ("f32", self.f32.isa()),
             ("attention", self.attention.isa()),
             ("norm", self.norm.isa()),
@@ -169,6 +191,10 @@ pub fn int_matmuls(
         for (slot, product) in batch.iter_mut().zip(&mut *products) {
             let IntProduct { kernel, w, y } = product;
             w.expect_layout(kernel.layout())?;
+            if x.bits() > kernel.activation_bits() {
+                let most = format!("{} bits or fewer", kernel.activation_bits());
+                return Err(Error::argument("activations", most, format!("{} bits", x.bits())));
+            }
             if (x.cols(), x.group()) != (w.cols(), w.group()) {
                 return Err(Error::argument(
                     "activations",

@@ -34,6 +34,24 @@ pub fn int8_products(pool: &Pool, isa: Isa) -> Option<f64> {
     Some((products * CHAINS * ROUNDS * pool.threads()) as f64 / best)
 }
 
+/// Cycles a second while this runs, from a chain of additions of which each waits for the one before.
+///
+/// The system's own figure is the nominal one; what a core does depends on its neighbours and on how warm it is.
+pub fn clock() -> f64 {
+    const STEPS: u64 = 4_000_000;
+    let mut best = f64::INFINITY;
+    for _ in 0..PASSES {
+        let start = Instant::now();
+        let mut x = black_box(1_u64);
+        for i in 0..STEPS {
+            x = (x ^ i).rotate_left(7); // two instructions of a cycle each
+        }
+        black_box(x);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    (2 * STEPS) as f64 / best
+}
+
 /// The loop of a tier and the products of one instruction.
 fn instruction(isa: Isa) -> Option<(Loop, usize)> {
     match isa {

@@ -124,8 +124,12 @@ pub(crate) unsafe fn walk<const MAX: usize>(
                 }
                 // SAFETY: only this thread uses this tile's columns, and the slice is gone before the next is made.
                 let to = unsafe { y.row(first + r, t * TILE_ROWS, TILE_ROWS) };
-                // The last tile of a matrix may have fewer rows than 16.
-                to.copy_from_slice(&outputs[..to.len()]);
+                if let Ok(to) = <&mut Outputs>::try_from(&mut *to) {
+                    *to = *outputs; // a length the compiler knows: two stores instead of a call of memmove
+                } else {
+                    // The last tile of a matrix may have fewer rows than 16.
+                    to.copy_from_slice(&outputs[..to.len()]);
+                }
             }
         }
     }
@@ -167,6 +171,9 @@ pub(crate) fn opaque(value: usize) -> usize {
 /// A kernel type holding its capability token, its `kernel()` and its [`super::IntMatmul`].
 macro_rules! int_matmul_kernel {
     ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident) => {
+        $crate::kernels::tiles::int_matmul_kernel!($token, $isa, $layout, $rows, $block, 8);
+    };
+    ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident, $activation_bits:literal) => {
         /// Holds the proof that the instructions may be used.
         struct Kernel(#[allow(dead_code)] crate::cpu::$token);
 
@@ -184,6 +191,10 @@ macro_rules! int_matmul_kernel {
 
             fn layout(&self) -> crate::pack::Layout {
                 $layout
+            }
+
+            fn activation_bits(&self) -> u32 {
+                $activation_bits
             }
 
             unsafe fn tiles(

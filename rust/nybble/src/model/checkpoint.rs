@@ -7,6 +7,7 @@
 //!
 //! Nothing is copied when a checkpoint is opened, and reading is by rows, so a model larger than memory can be walked.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::arch::gguf::{Metadata, Transform, shown};
 use super::arch::{self, Arch};
+use super::load::reorder;
 use super::quantization::Quantization;
 use super::spec::{LinearSpec, Spec};
 use crate::error::{Error, Result};
@@ -23,6 +25,9 @@ use crate::format::folder::Folder;
 use crate::format::gguf::Gguf;
 use crate::format::{Access, Dtype};
 use crate::threads::Pool;
+
+/// 16-bit floats, low byte first.
+pub(super) type Halves<'a> = Cow<'a, [[u8; 2]]>;
 
 /// An open model folder or GGUF file.
 #[derive(Debug)]
@@ -243,32 +248,28 @@ impl Checkpoint {
         self.read(&name, tensor, rows, tensor.exchanged(linear), out)
     }
 
-    /// All of a linear's weight, or of a table's, as 16-bit floats in rows; none when it is stored otherwise.
-    pub(super) fn halves(&self, name: &str, exchanged: bool) -> Result<Option<(Dtype, Vec<u16>)>> {
+    /// All of a linear's weight, or of a table's, as 16-bit floats in rows, low byte first; none when it is stored
+    /// otherwise. The file's own bytes where it has them in this order.
+    pub(super) fn halves(&self, name: &str, exchanged: bool) -> Result<Option<(Dtype, Halves<'_>)>> {
         let tensor = self.tensor(name)?;
         let half = matches!(tensor.dtype, Dtype::F16 | Dtype::Bf16);
         if !half || tensor.shape.len() != 2 || tensor.transform == Transform::MinusOne {
             return Ok(None);
         }
-        let bytes = self.stored(tensor)?;
-        let bits = |bytes: &[u8]| -> Vec<u16> {
-            bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()
-        };
+        let stored = self.stored(tensor)?.as_chunks::<2>().0;
         let values = match &tensor.transform {
             Transform::Rows(map) => {
-                let row_bytes = bytes.len() / map.len().max(1);
-                map.iter().flat_map(|row| bits(&bytes[*row as usize * row_bytes..][..row_bytes])).collect()
+                reorder(Cow::Borrowed(stored), stored.len() / map.len().max(1), Some(map))
             }
             // Only plain files of GPT-2 are stored the other way round from what is wanted.
             _ if exchanged => {
                 let (rows, cols) = tensor.matrix();
-                let stored = bits(bytes);
                 (0..cols)
                     .flat_map(|col| (0..rows).map(move |row| (row, col)))
                     .map(|(r, c)| stored[r * cols + c])
                     .collect()
             }
-            _ => bits(bytes),
+            _ => Cow::Borrowed(stored),
         };
         Ok(Some((tensor.dtype, values)))
     }

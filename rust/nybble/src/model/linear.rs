@@ -1,14 +1,14 @@
 //! A linear as it runs: one or more packed matrices that read the same input, and a bias.
 //!
-//! Queries, keys and values (and gate and up) are one [`Linear`] of several parts, so their input is rounded to 8 bits once
+//! Queries, keys and values (and gate and up) are one [`Linear`] of several parts, so their input is rounded once
 //! and their outputs stand side by side in one row.
 
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::kernels::quantize::{Activations, Granularity};
+use crate::kernels::quantize::{Activations, Rounding};
 use crate::kernels::{Columns, IntProduct, Kernels, float_matmul, int_matmuls};
-use crate::pack::{Layout, Packed};
+use crate::pack::Packed;
 use crate::threads::Pool;
 
 /// What runs a model: its threads and kernels.
@@ -22,14 +22,14 @@ pub(super) struct Run<'a> {
 #[derive(Debug, Clone)]
 pub(super) struct Part {
     pub(super) weight: Arc<Packed>,
-    /// How inputs are rounded to 8 bits; none multiplies them in float.
-    pub(super) rounding: Option<Granularity>,
+    /// How inputs are rounded; none multiplies them in float.
+    pub(super) rounding: Option<Rounding>,
 }
 
 impl Part {
     /// Whether one rounding of the input serves both.
     fn reads_the_same(&self, other: &Self) -> bool {
-        let form = |part: &Self| part.rounding.map(|per| (per, part.weight.group()));
+        let form = |part: &Self| part.rounding.map(|rounding| (rounding, part.weight.group()));
         form(self) == form(other)
     }
 }
@@ -72,20 +72,18 @@ impl Linear {
         let mut offset = 0;
         for parts in self.parts.chunk_by(Part::reads_the_same) {
             let Part { weight, rounding } = &parts[0];
-            if let Some(per) = *rounding {
+            if let Some(rounding) = *rounding {
                 let (cols, group) = (weight.cols(), weight.group());
-                rounded.quantize(run.pool, run.kernels.quantize, x, n, cols, group, per)?;
+                rounded.quantize(run.pool, run.kernels.quantize, x, n, cols, group, rounding)?;
             }
             let mut products = parts.iter().map(|Part { weight, .. }| {
                 let own = columns.part(offset, weight.rows());
                 offset += weight.rows();
                 (weight.as_ref(), own)
             });
-            if rounding.is_some() {
-                let mut products = products.map(|(w, y)| {
-                    let kernel = if w.layout() == Layout::W4 { run.kernels.w4a8 } else { run.kernels.w8a8 };
-                    IntProduct { kernel, w, y }
-                });
+            if let Some(rounding) = rounding {
+                let kernel = |w: &Packed| run.kernels.int(w.layout(), rounding.bits);
+                let mut products = products.map(|(w, y)| IntProduct { kernel: kernel(w), w, y });
                 int_matmuls(run.pool, rounded, &mut products)?;
             } else {
                 products.try_for_each(|(w, y)| float_matmul(run.pool, run.kernels.f32, w, x, y))?;

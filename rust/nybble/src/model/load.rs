@@ -7,19 +7,22 @@
 //!
 //! The shapes were validated before; one matrix at a time is unpacked, packed and dropped.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::blocks::{Block, Layer, Norm};
 use super::checkpoint::Checkpoint;
 use super::linear::{Linear, Part};
-use super::quantization::{ActivationScheme, Grouping, Scheme, Storage, WeightScheme, ZeroPoints};
+use super::quantization::{
+    ActivationScheme, Grouping, InputGrouping, Scheme, Storage, WeightScheme, ZeroPoints,
+};
 use super::spec::{
     AttentionSpec, BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Position, Qkv, Spec,
 };
 use super::validate::scheme;
 use crate::error::{Error, Result};
 use crate::format::Dtype;
-use crate::kernels::quantize::Granularity;
+use crate::kernels::quantize::{Granularity, Rounding};
 use crate::pack::{IntSource, Layout, Packed};
 use crate::threads::Pool;
 
@@ -191,7 +194,10 @@ impl Loader<'_> {
             return Ok(Part { weight: Arc::new(weight), rounding: None });
         };
         let weight = self.integer(&linear.module, shape, scheme, row_map)?;
-        let rounding = rounding(&linear.module, scheme.activations, &weight)?;
+        let rounding = match scheme.activations {
+            Some(activations) => Some(self.rounding(&linear.module, activations, &weight)?),
+            None => None,
+        };
         Ok(Part { weight: Arc::new(weight), rounding })
     }
 
@@ -210,7 +216,11 @@ impl Loader<'_> {
             && matches!(embedding.layout(), Layout::W4 | Layout::W8)
         {
             // A group of the weight's own width, whatever width the linears have.
-            rounding = quantization.tied_activations(&spec.embedding.module, &["Embedding"]).map(granularity);
+            let found = quantization.tied_activations(&spec.embedding.module, &["Embedding"]);
+            rounding = found.map(|ActivationScheme { bits, grouping }| {
+                let token = grouping == InputGrouping::Token;
+                Rounding { bits, per: if token { Granularity::Token } else { Granularity::Group } }
+            });
         }
         Part { weight: Arc::clone(embedding), rounding }
     }
@@ -229,7 +239,7 @@ impl Loader<'_> {
             Packed::from_half(rows, cols, &bits, layout, self.pool)
         } else {
             let values = self.checkpoint.read_all(name, exchanged, cols, self.pool)?;
-            Packed::from_f32(rows, cols, &reorder(values, cols, row_map), self.pool)
+            Packed::from_f32(rows, cols, &reorder(values.into(), cols, row_map), self.pool)
         };
         self.checkpoint.release(name);
         packed
@@ -337,6 +347,41 @@ impl Loader<'_> {
         Ok(Some(if found.len() == rows * groups { found } else { vec![found[0]; rows * groups] }))
     }
 
+    /// How the inputs of a quantized linear are rounded: kernels share groups between weights and activations.
+    fn rounding(&self, module: &str, activations: ActivationScheme, weight: &Packed) -> Result<Rounding> {
+        let per = match activations.grouping {
+            InputGrouping::Token => Granularity::Token,
+            InputGrouping::Group(group) if group == weight.group() || group == weight.cols() => {
+                Granularity::Group
+            }
+            InputGrouping::Group(group) => {
+                return Err(Error::unsupported(
+                    format!("{module}: activations in groups of {group} columns"),
+                    format!("groups as wide as the weight's, {}, or one scale a token are", weight.group()),
+                ));
+            }
+            InputGrouping::Tensor => {
+                let name = format!("{module}.input_scale");
+                let mut scale = Vec::new();
+                let (rows, _) = self.checkpoint.tensor(&name)?.matrix();
+                self.checkpoint.read_f32(&name, 0..rows, &mut scale)?;
+                match scale[..] {
+                    [scale] if scale >= f32::MIN_POSITIVE && scale.is_finite() => Granularity::Tensor(scale),
+                    _ => {
+                        let found = format!("{scale:?}");
+                        return Err(Error::format(
+                            self.checkpoint.path(),
+                            name,
+                            "one positive number",
+                            found,
+                        ));
+                    }
+                }
+            }
+        };
+        Ok(Rounding { bits: activations.bits, per })
+    }
+
     fn bad_zero(&self, name: &str, expected: &str, found: f32) -> Error {
         Error::format(self.checkpoint.path(), name, expected, found.to_string())
     }
@@ -347,33 +392,12 @@ impl Loader<'_> {
     }
 }
 
-fn granularity(activations: ActivationScheme) -> Granularity {
-    match activations {
-        ActivationScheme::Token => Granularity::Token,
-        ActivationScheme::Group(_) => Granularity::Group,
-    }
-}
-
-/// How the inputs of a quantized linear are rounded: kernels share groups between weights and activations.
-fn rounding(
-    module: &str,
-    activations: Option<ActivationScheme>,
-    weight: &Packed,
-) -> Result<Option<Granularity>> {
-    if let Some(ActivationScheme::Group(group)) = activations
-        && group != weight.group()
-        && group != weight.cols()
-    {
-        return Err(Error::unsupported(
-            format!("{module}: activations in groups of {group} columns"),
-            format!("groups as wide as the weight's, {}, or one scale a token are", weight.group()),
-        ));
-    }
-    Ok(activations.map(granularity))
-}
-
 /// Rows of `cols` values, row `r` taken from row `row_map[r]`.
-fn reorder<T: Copy>(values: Vec<T>, cols: usize, row_map: Option<&[u32]>) -> Vec<T> {
+pub(super) fn reorder<'a, T: Copy>(
+    values: Cow<'a, [T]>,
+    cols: usize,
+    row_map: Option<&[u32]>,
+) -> Cow<'a, [T]> {
     match row_map {
         None => values,
         Some(map) => map.iter().flat_map(|row| &values[*row as usize * cols..][..cols]).copied().collect(),
@@ -421,6 +445,6 @@ mod tests {
 
     #[test]
     fn rows_are_gathered() {
-        assert_eq!(reorder(vec![1, 2, 3, 4, 5, 6], 2, Some(&[2, 0])), [5, 6, 1, 2]);
+        assert_eq!(*reorder((&[1, 2, 3, 4, 5, 6]).into(), 2, Some(&[2, 0])), [5, 6, 1, 2]);
     }
 }

@@ -6,7 +6,7 @@
 //! regular expression, then the class; what `ignore` fits is left as it is.
 //!
 //! Only what the kernels here compute exactly is accepted: 4- or 8-bit integers with a scale a group, a row or a tensor, and
-//! activations left alone or rounded to 8 bits while running. Anything else is refused by name.
+//! activations left alone or rounded to 8 or 4 bits while running. Anything else is refused by name.
 
 use regex::Regex;
 use serde_json::{Map, Value};
@@ -64,13 +64,24 @@ pub struct WeightScheme {
     pub storage: Storage,
 }
 
-/// How the inputs of a linear are rounded to 8 bits while running.
+/// Values of a linear's inputs that share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationScheme {
-    /// One scale a token.
+pub enum InputGrouping {
+    /// Those of a token.
     Token,
-    /// One scale a token and group of that many columns.
+    /// That many columns of a token.
     Group(usize),
+    /// All; the scale is in the file (`input_scale`), found on calibration data.
+    Tensor,
+}
+
+/// How the inputs of a linear are rounded while running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ActivationScheme {
+    /// 8 or 4.
+    pub bits: u32,
+    /// What shares a scale.
+    pub grouping: InputGrouping,
 }
 
 /// What a module's group says.
@@ -195,16 +206,22 @@ impl Quantization {
         fits.reduce(|best, next| if next.0 > best.0 { next } else { best }).map(|(_, scheme)| scheme)
     }
 
-    /// How inputs are rounded for a head that shares the embedding's weights: as for the first group of linears.
+    /// How inputs are rounded for a head that shares the embedding's weights: as for the first group of linears, but to 8
+    /// bits and with scales found while running.
     ///
-    /// An embedding has no inputs to round, so its own group cannot say.
+    /// An embedding has no inputs to round, so its own group seldom says.
     pub fn tied_activations(&self, module: &str, classes: &[&str]) -> Option<ActivationScheme> {
         let own = self
             .groups
             .iter()
             .find(|group| group.targets.iter().any(|target| target.fit(module, classes).is_some()));
-        own.and_then(|group| group.scheme.activations)
-            .or_else(|| self.groups.iter().find_map(|group| group.scheme.activations))
+        let first = self.groups.iter().find_map(|group| group.scheme.activations);
+        let found = own.and_then(|group| group.scheme.activations).or(first)?;
+        let grouping = match found.grouping {
+            InputGrouping::Tensor => InputGrouping::Token,
+            other => other,
+        };
+        Some(ActivationScheme { bits: 8, grouping })
     }
 }
 
@@ -333,23 +350,22 @@ fn zero_type(key: &str, map: &Map<String, Value>, bits: u32) -> Result<ZeroPoint
 
 fn activations(key: &str, map: &Map<String, Value>) -> Result<ActivationScheme> {
     only(key, map, "type", &["int".into()])?;
-    only(key, map, "num_bits", &[8.into()])?;
+    only(key, map, "num_bits", &[8.into(), 4.into()])?;
     only(key, map, "symmetric", &[true.into()])?;
-    if map.get("dynamic") != Some(&Value::Bool(true)) {
-        let found = map.get("dynamic").map_or("nothing".into(), brief);
-        return Err(Error::unsupported(
-            format!("{key}.dynamic {found}"),
-            "true is read: scales of activations are found while running",
-        ));
-    }
-    match text(map, "strategy") {
-        Some("token") => Ok(ActivationScheme::Token),
-        Some("group") => Ok(ActivationScheme::Group(size(key, map, "group_size")?)),
-        other => Err(Error::unsupported(
-            format!("{key}.strategy {}", other.unwrap_or("(none)")),
-            "\"token\" and \"group\" are read",
-        )),
-    }
+    let dynamic = map.get("dynamic").and_then(Value::as_bool);
+    let grouping = match (text(map, "strategy"), dynamic) {
+        (Some("token"), Some(true)) => InputGrouping::Token,
+        (Some("group"), Some(true)) => InputGrouping::Group(size(key, map, "group_size")?),
+        (Some("tensor"), Some(false)) => InputGrouping::Tensor,
+        (strategy, _) => {
+            let found = map.get("dynamic").map_or("nothing".into(), brief);
+            return Err(Error::unsupported(
+                format!("{key}.strategy {} with dynamic {found}", strategy.unwrap_or("(none)")),
+                "\"token\" and \"group\" with dynamic true and \"tensor\" with dynamic false are read",
+            ));
+        }
+    };
+    Ok(ActivationScheme { bits: size(key, map, "num_bits").unwrap_or(8) as u32, grouping })
 }
 
 #[cfg(test)]
@@ -378,7 +394,7 @@ mod tests {
         let scheme = |module: &str, class: &str| quantization.scheme(module, &[class]);
         let q = scheme("model.layers.0.self_attn.q_proj", "Linear").expect("by class");
         assert_eq!((q.weights.bits, q.weights.grouping), (4, Grouping::Columns(32)));
-        assert_eq!(q.activations, Some(ActivationScheme::Group(32)));
+        assert_eq!(q.activations, Some(eight(InputGrouping::Group(32))));
         let down = scheme("model.layers.0.mlp.down_proj", "Linear").expect("by pattern");
         assert!(
             down.weights.bits == 8 && down.weights.zeros == ZeroPoints::Packed && down.activations.is_none()
@@ -392,8 +408,24 @@ mod tests {
         assert!(scheme("model.norm", "RMSNorm").is_none());
         assert_eq!(
             quantization.tied_activations("model.embed_tokens", &["Embedding"]),
-            Some(ActivationScheme::Group(32))
+            Some(eight(InputGrouping::Group(32)))
         );
+    }
+
+    fn eight(grouping: InputGrouping) -> ActivationScheme {
+        ActivationScheme { bits: 8, grouping }
+    }
+
+    #[test]
+    fn a_tied_head_has_8_bit_inputs_with_scales_of_their_own() {
+        let mut config = config();
+        let inputs = &mut config["quantization_config"]["config_groups"]["group_0"]["input_activations"];
+        *inputs = json!({"num_bits": 4, "strategy": "tensor", "dynamic": false});
+        let quantization = Quantization::read(&config).expect("good").expect("there");
+        let linear = quantization.scheme("x", &["Linear"]).expect("by class").activations;
+        assert_eq!(linear, Some(ActivationScheme { bits: 4, grouping: InputGrouping::Tensor }));
+        let head = quantization.tied_activations("model.embed_tokens", &["Embedding"]);
+        assert_eq!(head, Some(eight(InputGrouping::Token)));
     }
 
     #[test]
@@ -445,7 +477,7 @@ mod tests {
             (&format!("{group}/weights/group_size"), json!(0), "group_size"),
             (&format!("{group}/format"), json!("nvfp4-pack-quantized"), "nvfp4"),
             (&format!("{group}/input_activations/dynamic"), json!(false), "dynamic"),
-            (&format!("{group}/input_activations/num_bits"), json!(4), "num_bits"),
+            (&format!("{group}/input_activations/num_bits"), json!(6), "num_bits"),
             (&format!("{group}/input_activations/strategy"), json!("tensor"), "tensor"),
             (&format!("{group}/output_activations"), json!({"num_bits": 8}), "output_activations"),
             (&format!("{group}/targets"), json!([1]), "targets"),

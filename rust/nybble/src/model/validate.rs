@@ -4,7 +4,7 @@
 //! every contradiction is reported, not only the first. After [`validate`] a size in a [`Spec`] is a size of the file.
 
 use super::checkpoint::{Checkpoint, Tensor};
-use super::quantization::{Grouping, Quantization, Scheme, Storage, ZeroPoints};
+use super::quantization::{Grouping, InputGrouping, Quantization, Scheme, Storage, ZeroPoints};
 use super::spec::{EmbeddingSpec, LinearSpec, NormSpec, Spec};
 use crate::error::{Error, Result};
 use crate::format::Dtype;
@@ -12,6 +12,12 @@ use crate::pack::TILE_K;
 
 /// Problems that a message lists; a model with a wrong width has one a tensor.
 const SHOWN: usize = 40;
+
+/// Types of scales.
+const FLOATS: [Dtype; 3] = [Dtype::F16, Dtype::Bf16, Dtype::F32];
+
+/// Shapes of the one scale of a tensor.
+const PER_TENSOR: &[&[usize]] = &[&[], &[1], &[1, 1]];
 
 /// Reports everything in which `spec` and the tensors disagree.
 pub fn validate(spec: &Spec, checkpoint: &Checkpoint) -> Result<()> {
@@ -58,6 +64,11 @@ impl Check<'_> {
     fn linear(&mut self, linear: &LinearSpec) {
         let shape = [linear.rows, linear.cols];
         self.matrix(&linear.module, linear.classes(), shape, linear.transposed);
+        let found = scheme(self.checkpoint.quantization(), &linear.module, linear.classes());
+        let inputs = found.and_then(|scheme| scheme.activations);
+        if inputs.is_some_and(|inputs| inputs.grouping == InputGrouping::Tensor) {
+            self.tensor(&format!("{}.input_scale", linear.module), PER_TENSOR, &FLOATS);
+        }
         if linear.bias {
             self.floats(&format!("{}.bias", linear.module), &[linear.rows]);
         }
@@ -119,22 +130,20 @@ impl Check<'_> {
             }
             Storage::Bytes => self.tensor(&name("weight"), &[&[rows, cols]], &[Dtype::I8]),
         }
-        let floats = [Dtype::F16, Dtype::Bf16, Dtype::F32];
-        let per_tensor: &[&[usize]] = &[&[], &[1], &[1, 1]];
         let per_row: &[&[usize]] = &[&[rows, groups]];
         let per_channel: &[&[usize]] = &[&[rows, 1], &[rows]];
         let shapes = match weights.grouping {
             Grouping::Columns(_) => per_row,
             Grouping::Row => per_channel,
-            Grouping::Tensor => per_tensor,
+            Grouping::Tensor => PER_TENSOR,
         };
-        self.tensor(&name("weight_scale"), shapes, &floats);
+        self.tensor(&name("weight_scale"), shapes, &FLOATS);
         let zeros = name("weight_zero_point");
         match weights.zeros {
             ZeroPoints::Middle => {}
             ZeroPoints::Packed => self.tensor(&zeros, &[&[rows.div_ceil(per_word), groups]], &ints),
             ZeroPoints::Bytes => self.tensor(&zeros, shapes, &[Dtype::I8]),
-            ZeroPoints::Fractions => self.tensor(&zeros, shapes, &floats),
+            ZeroPoints::Fractions => self.tensor(&zeros, shapes, &FLOATS),
         }
         self.identity(&name("weight_g_idx"), cols, cols / groups.max(1));
     }

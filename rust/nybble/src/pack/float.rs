@@ -17,13 +17,19 @@ impl Packed {
         pack(Layout::F32, rows, cols, data, pool, f32::to_le_bytes)
     }
 
-    /// Packs `bits`, row-major `[rows, cols]`, the bit patterns of numbers of type `layout` ([`Layout::F16`] or
-    /// [`Layout::Bf16`]).
-    pub fn from_half(rows: usize, cols: usize, bits: &[u16], layout: Layout, pool: &Pool) -> Result<Self> {
+    /// Packs `data`, row-major `[rows, cols]`, numbers of type `layout` ([`Layout::F16`] or [`Layout::Bf16`]) as files
+    /// hold them, low byte first.
+    pub fn from_half(
+        rows: usize,
+        cols: usize,
+        data: &[[u8; 2]],
+        layout: Layout,
+        pool: &Pool,
+    ) -> Result<Self> {
         if !matches!(layout, Layout::F16 | Layout::Bf16) {
             return Err(Error::argument("layout", "f16 or bf16", layout.name()));
         }
-        pack(layout, rows, cols, bits, pool, u16::to_le_bytes)
+        pack(layout, rows, cols, data, pool, |value| value)
     }
 
     /// The bytes of several adjacent tiles.
@@ -94,8 +100,9 @@ mod tests {
                     (full.layout(), full.rows(), full.cols(), full.group()),
                     (Layout::F32, rows, cols, 0)
                 );
-                let half = Packed::from_half(rows, cols, &bits, Layout::F16, &pool).expect("packs");
-                let brain = Packed::from_half(rows, cols, &bits, Layout::Bf16, &pool).expect("packs");
+                let data: Vec<[u8; 2]> = bits.iter().map(|b| b.to_le_bytes()).collect();
+                let half = Packed::from_half(rows, cols, &data, Layout::F16, &pool).expect("packs");
+                let brain = Packed::from_half(rows, cols, &data, Layout::Bf16, &pool).expect("packs");
                 assert_eq!((half.bytes() * 2, brain.bytes()), (full.bytes(), half.bytes()));
                 for row in 0..rows {
                     let part = row * cols..(row + 1) * cols;
@@ -139,6 +146,6 @@ mod tests {
             assert!(matches!(Packed::from_f32(rows, cols, &data, &pool), Err(Error::Argument { .. })));
         }
         assert!(Packed::from_f32(0, usize::MAX, &[], &pool).is_err());
-        assert!(Packed::from_half(1, 1, &[0], Layout::W4, &pool).is_err());
+        assert!(Packed::from_half(1, 1, &[[0; 2]], Layout::W4, &pool).is_err());
     }
 }

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
-use super::{Block, Granularity, Quantize, Row, convert};
+use super::{Block, Quantize, Rounding, Row, convert};
 use crate::cpu::{Avx2, Isa};
 
 /// Holds the proof that the instructions may be used.
@@ -20,15 +20,15 @@ impl Quantize for Kernel {
         Isa::Avx2
     }
 
-    fn row(&self, x: &[f32], group: usize, per: Granularity, out: Row<'_>) {
+    fn row(&self, x: &[f32], group: usize, rounding: Rounding, out: Row<'_>) {
         // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { row(x, group, per, out) }
+        unsafe { row(x, group, rounding, out) }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn row(x: &[f32], group: usize, per: Granularity, out: Row<'_>) {
-    convert(x, group, per, out, |x| largest(x), |x, inverse, codes| encode(x, inverse, codes));
+fn row(x: &[f32], group: usize, rounding: Rounding, out: Row<'_>) {
+    convert(x, group, rounding, out, |x| largest(x), |x, inverse, codes| encode(x, inverse, codes));
 }
 
 /// Eight of the 32 values.

@@ -1,8 +1,11 @@
-//! Float activations to int8, as the integer matmuls read them.
+//! Float activations to integers of 8 or 4 bits, as the integer matmuls read them.
 //!
-//! A group of `group` neighbouring values of one row (or a whole row) shares a scale, `max|x| / 127`, and each value becomes
-//! the nearest integer to `x / scale`, halves to even. Symmetric codes need no zero point, and their sum, kept beside the
-//! scale, is all a matmul needs to take the weights' zero points into account.
+//! A group of `group` neighbouring values of one row (or a whole row) shares a scale, `max|x| / 127` (with 4 bits,
+//! `max|x| / 7`), and each value becomes the nearest integer to `x / scale`, halves to even. Symmetric codes need no zero
+//! point, and their sum, kept beside the scale, is all a matmul needs to take the weights' zero points into account. Codes of
+//! 4 bits take a byte each like the others: no CPU multiplies anything smaller.
+//!
+//! The scale may instead be given, found beforehand on calibration data; values beyond its range are cut off.
 //!
 //! Two kinds of group have no usable scale. Values so small that the scale would be subnormal (below about 1e-36) become
 //! zeros with scale 0. A group with a NaN or an infinity becomes zeros with scale NaN, so that the outputs show it.
@@ -19,21 +22,52 @@ use crate::pack::{TILE_K, grouping};
 use crate::threads::Pool;
 
 /// What shares a scale.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Granularity {
     /// All values of a row; its scale is repeated for every group.
     Token,
     /// The values of a group.
     Group,
+    /// All values of all rows: this scale.
+    Tensor(f32),
 }
 
-/// Rows of int8 activations with their scales and sums; the buffers are reused from call to call.
+/// How values become integers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rounding {
+    /// 8 or 4.
+    pub bits: u32,
+    /// What shares a scale.
+    pub per: Granularity,
+}
+
+impl Rounding {
+    /// The largest code; the smallest is its negative.
+    pub const fn largest(self) -> i8 {
+        if self.bits == 4 { 7 } else { 127 }
+    }
+
+    fn check(self) -> Result<()> {
+        if !matches!(self.bits, 4 | 8) {
+            return Err(Error::argument("bits of activations", "4 or 8", self.bits));
+        }
+        match self.per {
+            Granularity::Tensor(scale) if !(scale >= f32::MIN_POSITIVE && scale.is_finite()) => {
+                Err(Error::argument("scale of activations", "a positive normal number", scale))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Rows of integer activations with their scales and sums; the buffers are reused from call to call.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
     cols: usize,
     group: usize,
     groups: usize,
+    bits: u32,
     /// Columns rounded up to 32.
     stride: usize,
     codes: Vec<i8>,
@@ -58,7 +92,7 @@ pub trait Quantize: Sync {
     fn isa(&self) -> Isa;
 
     /// Converts one row `x` in groups of `group` columns.
-    fn row(&self, x: &[f32], group: usize, per: Granularity, out: Row<'_>);
+    fn row(&self, x: &[f32], group: usize, rounding: Rounding, out: Row<'_>);
 }
 
 /// All implementations this CPU allows, lowest tier first.
@@ -117,14 +151,16 @@ impl Activations {
         rows: usize,
         cols: usize,
         group: usize,
-        per: Granularity,
+        rounding: Rounding,
     ) -> Result<()> {
+        rounding.check()?;
         let (group, groups) = grouping("activations", cols, group)?;
         if rows.checked_mul(cols) != Some(x.len()) {
             return Err(Error::argument("activations", format!("{rows} x {cols} values"), x.len()));
         }
         let stride = cols.next_multiple_of(TILE_K);
         (self.rows, self.cols, self.group, self.groups, self.stride) = (rows, cols, group, groups, stride);
+        self.bits = rounding.bits;
         self.codes.resize(rows * stride, 0);
         self.scales.resize(rows * groups, 0.0);
         self.sums.resize(rows * groups, 0);
@@ -138,7 +174,7 @@ impl Activations {
             for r in range {
                 // SAFETY: the buffers were just given `rows` rows, and a row is converted by one thread, once.
                 let out = unsafe { bases.row(r, stride, groups) };
-                kernel.row(&x[r * cols..][..cols], group, per, out);
+                kernel.row(&x[r * cols..][..cols], group, rounding, out);
             }
         };
         if x.len() < SERIAL {
@@ -162,6 +198,11 @@ impl Activations {
     /// Columns per scale: a multiple of 32; for one group a row, the columns rounded up to 32.
     pub fn group(&self) -> usize {
         self.group
+    }
+
+    /// Bits of a code: 8, or 4 for codes from -7 to 7.
+    pub fn bits(&self) -> u32 {
+        self.bits
     }
 
     /// Number of groups in a row.
@@ -209,7 +250,7 @@ type Block<T> = [T; TILE_K];
 fn convert(
     x: &[f32],
     group: usize,
-    per: Granularity,
+    rounding: Rounding,
     out: Row<'_>,
     largest: impl Fn(&[Block<f32>]) -> u32,
     encode: impl Fn(&[Block<f32>], f32, &mut [Block<i8>]) -> i32,
@@ -219,23 +260,35 @@ fn convert(
         let top = largest(blocks);
         if tail.is_empty() { top } else { top.max(largest(&[padded(tail)])) }
     };
-    let row = match per {
+    let levels = f32::from(rounding.largest());
+    let row = match rounding.per {
         Granularity::Token => Some(magnitude(x)),
-        Granularity::Group => None,
+        Granularity::Group | Granularity::Tensor(_) => None,
     };
     let groups = x.chunks(group).zip(out.codes.chunks_mut(group)).zip(out.scales).zip(out.sums);
     for (((x, codes), scale), sum) in groups {
         let top = f32::from_bits(row.unwrap_or_else(|| magnitude(x)));
-        if !(top >= 127.0 * f32::MIN_POSITIVE && top.is_finite()) {
+        let usable = top >= levels * f32::MIN_POSITIVE || matches!(rounding.per, Granularity::Tensor(_));
+        if !(usable && top.is_finite()) {
             *scale = if top.is_finite() { 0.0 } else { f32::NAN };
             *sum = 0;
             codes.fill(0);
             continue;
         }
-        *scale = top / 127.0;
-        let inverse = 1.0 / *scale;
         let (blocks, tail) = x.as_chunks();
         let (codes, rest) = codes.as_chunks_mut().0.split_at_mut(blocks.len());
+        if let Granularity::Tensor(given) = rounding.per {
+            *scale = given;
+            let (inverse, most) = (1.0 / given, given * levels);
+            let clamped = |x: &Block<f32>, codes| encode(&[x.map(|v| v.clamp(-most, most))], inverse, codes);
+            *sum = blocks.iter().zip(codes.chunks_mut(1)).map(|(x, codes)| clamped(x, codes)).sum();
+            if !tail.is_empty() {
+                *sum += clamped(&padded(tail), rest);
+            }
+            continue;
+        }
+        *scale = top / levels;
+        let inverse = 1.0 / *scale;
         *sum = encode(blocks, inverse, codes);
         if !tail.is_empty() {
             *sum += encode(&[padded(tail)], inverse, rest);

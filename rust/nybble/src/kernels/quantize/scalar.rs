@@ -1,6 +1,6 @@
 //! `quantize/scalar`: the oracle.
 
-use super::{Block, Granularity, Quantize, Row, convert};
+use super::{Block, Quantize, Rounding, Row, convert};
 use crate::cpu::Isa;
 
 /// 1.5 * 2^23: adding it to a small float rounds to an integer, halves to even, which is then the low bits of the sum.
@@ -14,8 +14,8 @@ impl Quantize for Scalar {
         Isa::Scalar
     }
 
-    fn row(&self, x: &[f32], group: usize, per: Granularity, out: Row<'_>) {
-        convert(x, group, per, out, largest, encode);
+    fn row(&self, x: &[f32], group: usize, rounding: Rounding, out: Row<'_>) {
+        convert(x, group, rounding, out, largest, encode);
     }
 }
 
