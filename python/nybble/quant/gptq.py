@@ -199,7 +199,20 @@ def inverse_factor(
         except np.linalg.LinAlgError:
             damping = max(10 * damping, 1e-4)
             continue
-        factor = np.linalg.inv(lower)[::-1, ::-1].astype(np.float32)
+        factor = _lower_inverse(lower)[::-1, ::-1].astype(np.float32)
         if np.isfinite(factor).all() and (np.diagonal(factor) > 0).all():
             return np.ascontiguousarray(np.triu(factor)), damping
         damping = max(10 * damping, 1e-4)
+
+
+def _lower_inverse(lower: Doubles) -> Doubles:
+    """Invert a lower triangular matrix by halves; numpy alone would not make use of the zeros."""
+    size = len(lower)
+    if size <= 64:
+        return np.linalg.inv(lower)
+    half = size // 2
+    inverse = np.zeros_like(lower)
+    first = inverse[:half, :half] = _lower_inverse(lower[:half, :half])
+    last = inverse[half:, half:] = _lower_inverse(lower[half:, half:])
+    inverse[half:, :half] = -(last @ (lower[half:, :half] @ first))
+    return inverse
