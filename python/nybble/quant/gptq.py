@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gptq", "inverse_factor"]
 
-Doubles = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,8 @@ def _lower_inverse(lower: Doubles) -> Doubles:
     """Invert a lower triangular matrix by halves; numpy alone would not make use of the zeros."""
     size = len(lower)
     if size <= 64:
-        return np.linalg.inv(lower)
+        small: Doubles = np.linalg.inv(lower)
+        return small
     half = size // 2
     inverse = np.zeros_like(lower)
     first = inverse[:half, :half] = _lower_inverse(lower[:half, :half])
