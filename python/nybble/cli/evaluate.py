@@ -36,7 +36,7 @@ def evaluate(
             "--text",
             metavar="FILE",
             help='Measure perplexity on it: .txt or .jsonl of {"text": ...} lines, either of them '
-            "also as .gz. By default WikiText-2 in the folder NYBBLE_DATA names.",
+            "also as .gz. With --compare by default WikiText-2 in the folder NYBBLE_DATA names.",
             show_default=False,
         ),
     ] = None,
@@ -137,7 +137,12 @@ def evaluate(
         msg = "the file of one task: exactly one --task must be given with it."
         raise typer.BadParameter(msg, param_hint="--data")
     if text is None and (reference is not None or not tasks):
-        text = _known_text("--task" if reference is None else "--reference")
+        text = _known_text() if compare else None
+        if text is None:
+            msg = "not given, so there is nothing to measure" + (
+                "." if reference is None else ": --reference compares predictions on a text."
+            )
+            raise typer.BadParameter(msg, param_hint="--text")
         if not quiet:
             output.note(f"text: {text}")
     chosen = [find(name) for name in dict.fromkeys(tasks or [])]
@@ -175,15 +180,9 @@ def evaluate(
             output.note(f"plot: {plot}")
 
 
-def _known_text(option: str) -> Path:
+def _known_text() -> Path | None:
     folder = os.environ.get("NYBBLE_DATA")
-    if folder:
-        return Path(folder) / _TEXT
-    if option == "--task":
-        msg = "neither --text nor --task is given: there is nothing to measure."
-    else:
-        msg = f"{option} compares predictions on a text, which is not given."
-    raise typer.BadParameter(msg, param_hint="--text")
+    return Path(folder) / _TEXT if folder else None
 
 
 class _Progress:
