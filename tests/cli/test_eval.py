@@ -129,6 +129,7 @@ def test_without_a_text_the_known_one(run, tiny_folder, compressed_folder, data,
     assert "nothing to measure" in outcome.err
 
 
+@pytest.mark.timeout(90)  # the first import of matplotlib lists the fonts
 def test_the_plot(run, tiny_folder, compressed_folder, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib (the eval extra)")
     arguments = ["eval", "--compare", tiny_folder, compressed_folder, "-c", 64, "--text", text]
@@ -140,10 +141,17 @@ def test_the_plot(run, tiny_folder, compressed_folder, text, tmp_path):
     drawing = tmp_path / "a.svg"
     assert run(*arguments, "--plot", drawing, "-q").code == 0
     assert "<svg" in drawing.read_text()
-    for wrong, says in (("a.xyz", "a.xyz: Format"), ("none/a.png", "none/a.png: No such file")):
+    (tmp_path / "folder.png").mkdir()
+    for wrong, says in (
+        ("a.xyz", "a.xyz: expected one of the endings"),
+        ("a", "found ''"),
+        ("none/a.png", "none: no such folder"),
+        ("folder.png", "folder.png: Is a directory"),
+    ):
         outcome = run(*arguments, "--plot", tmp_path / wrong, "-q")
         assert outcome.code == 1
         assert says in outcome.err
+        assert bool(outcome.out) == (wrong == "folder.png")  # told before anything is measured
 
 
 @pytest.mark.parametrize(
@@ -197,10 +205,12 @@ def test_questions_that_were_cut_are_told(run, run_json, tmp_path, questions):
     assert "10 questions were cut on the left" in outcome.out
 
 
-def test_all_models_are_looked_at_before_the_first_is_measured(run, tiny_folder, tmp_path, text):
-    outcome = run("eval", "--compare", tiny_folder, tmp_path / "none", "--text", text)
-    assert outcome.code == 1
-    assert "eval" not in outcome.err.replace("nybble eval", "")  # no bar has begun
+def test_all_is_looked_at_before_anything_is_measured(run, tiny_folder, text):
+    arguments = "eval", "--compare", tiny_folder, tiny_folder, "--text", text
+    for more in ([text.parent / "none"], ["--task", "siqa", "--data", text]):
+        outcome = run(*arguments, *more)
+        assert outcome.code == 1
+        assert len(outcome.err.splitlines()) == 1  # no bar has begun
 
 
 def test_models_are_in_memory_one_at_a_time(monkeypatch, tiny_folder, compressed_folder, questions):
@@ -225,6 +235,17 @@ def test_models_are_in_memory_one_at_a_time(monkeypatch, tiny_folder, compressed
     most.clear()
     compare(paths, text=TEXT, reference=tiny_folder, context=64)
     assert most == [1, 1, 2, 1, 1, 2]
+
+
+def test_the_reference_keeps_its_own_cache(tiny_folder):
+    """The folder beside itself shows what the cache's type does."""
+    itself, other = (
+        compare([tiny_folder], text=TEXT, reference=tiny_folder, context=64, kv=kv)[0]
+        for kv in (None, "int8")
+    )
+    assert itself.agreement is None
+    assert 0 < other.agreement.kl < 0.1
+    assert other.agreement.reference.loss == itself.perplexity.loss
 
 
 def test_short_names(tmp_path):

@@ -124,6 +124,7 @@ def evaluate(
     """
     from nybble.cli import output
     from nybble.eval.compare import compare as measure
+    from nybble.eval.plot import check, draw
     from nybble.eval.tasks import find, locate
 
     if len(models) > 1 and not compare:
@@ -145,6 +146,8 @@ def evaluate(
             raise typer.BadParameter(msg, param_hint="--text")
         if not quiet:
             output.note(f"text: {text}")
+    if plot is not None:
+        check(plot)  # rather now than after all has been measured
     chosen = [find(name) for name in dict.fromkeys(tasks or [])]
     files = [(task, locate(task) if data is None else data) for task in chosen]
     paths = [options.open_path(model) for model in models]
@@ -173,9 +176,7 @@ def evaluate(
     else:
         output.show(output.pairs("", _rows(found[0])))
     if plot is not None:
-        from nybble.eval.plot import draw
-
-        draw(found, plot, "", " ".join(_remarks(found, text, against)))
+        draw(found, plot, "", "\n".join(_remarks(found, text, against)))
         if not quiet:
             output.note(f"plot: {plot}")
 

@@ -10,12 +10,13 @@ turn and their logits are compared at once, so what is held is a chunk of each, 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from nybble.errors import ArgumentError
 from nybble.eval.losses import Tally, compare_logits
@@ -25,6 +26,8 @@ from nybble.eval.windows import cut, predictions
 
 if TYPE_CHECKING:
     from nybble.runtime import LanguageModel
+
+_Step: TypeAlias = tuple[npt.NDArray[np.float32], list[int]]
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,11 @@ def agreement(
     divergence, same, difference = Tally(), Tally(), Tally()
     largest = 0.0
     for window in windows:
-        steps = [predictions(session, window, prompt_tokens) for session in sessions]
-        while True:
-            parts = []
-            for side, step in zip(sides, steps, strict=True):
-                start = time.perf_counter()
-                part = next(step, None)
-                side.seconds += time.perf_counter() - start
-                if part is not None:
-                    parts.append(part)
-            if not parts:
-                break
-            (a, targets), (b, _) = parts
+        steps = (
+            _timed(side, predictions(session, window, prompt_tokens))
+            for side, session in zip(sides, sessions, strict=True)
+        )
+        for (a, targets), (b, _) in zip(*steps, strict=True):
             found = compare_logits(a, b, targets)
             sides[0].add(found.reference_losses)
             sides[1].add(found.losses)
@@ -137,6 +133,17 @@ def agreement(
         model=sides[1].result(context),
         reference=sides[0].result(context),
     )
+
+
+def _timed(side: Meter, steps: Iterator[_Step]) -> Iterator[_Step]:
+    """Give the steps, and count the time they take."""
+    while True:
+        start = time.perf_counter()
+        step = next(steps, None)
+        side.seconds += time.perf_counter() - start
+        if step is None:
+            return
+        yield step
 
 
 def _same_tokens(

@@ -158,7 +158,7 @@ def score(model: "LanguageModel", items: Iterable[Item]) -> Iterator[Scored]:
 def accuracy(
     model: "LanguageModel",
     task: str | Task,
-    data: str | Path | None = None,
+    data: str | Path | Sequence[Item] | None = None,
     *,
     limit: int | None = None,
     on_item: Callable[[int, int, float], None] | None = None,
@@ -172,8 +172,8 @@ def accuracy(
     task
         A name in :data:`nybble.eval.tasks.TASKS`, or a task.
     data
-        Its questions, a ``.jsonl`` or ``.jsonl.gz`` file; without it, the file of that task in the
-        folder ``NYBBLE_DATA`` names.
+        Its questions: a ``.jsonl`` or ``.jsonl.gz`` file, or what :func:`read_items` made of one;
+        without it, the file of that task in the folder ``NYBBLE_DATA`` names.
     limit
         Use only the first so many questions.
     on_item
@@ -187,7 +187,9 @@ def accuracy(
         If the file is not of the task's form, or the model's logits are not finite.
     """
     task = find(task) if isinstance(task, str) else task
-    items = read_items(task, locate(task) if data is None else data, limit)
+    if data is None or isinstance(data, str | Path):
+        data = read_items(task, locate(task) if data is None else data, limit)
+    items = data[:limit]
     hits: list[bool] = []
     hits_norm: list[bool] = []
     tokens = truncated = 0

@@ -14,9 +14,9 @@ from nybble.errors import ArgumentError
 from nybble.eval.agreement import Agreement, agreement
 from nybble.eval.choices import Accuracy, accuracy
 from nybble.eval.perplexity import Perplexity, measure
-from nybble.eval.tasks import Task
+from nybble.eval.tasks import Task, read_items
 from nybble.eval.text import read_text
-from nybble.runtime import LanguageModel, load
+from nybble.runtime import load
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def compare(
     limit
         Use only the first so many questions of each task.
     threads, kv
-        As for :func:`nybble.load`.
+        As for :func:`nybble.load`. The reference keeps its keys and values as it does by default,
+        so that a model compared with itself shows what another ``kv`` does.
     on_step
         Called as things go on with the model's name, what it does (``"text"``, ``"agreement"`` or
         a task's name), how many tokens or questions are done, how many there are, and a remark.
@@ -103,7 +104,8 @@ def compare(
     Raises
     ------
     NybbleError
-        As the single measurements do. Every model is looked at before the first one is measured.
+        As the single measurements do. The text, the questions and the headers of all models are
+        read before the first of them is measured.
     """
     if not paths:
         msg = "paths: expected at least one model, found none"
@@ -111,11 +113,9 @@ def compare(
     places = [Path(path) for path in paths]
     facts = [describe(place) for place in places]
     content = read_text(text) if isinstance(text, Path) else text
+    asked = [(task, read_items(task, data, limit)) for task, data in tasks]
     against = None if reference is None else Path(reference).resolve()
     names = short_names(places)
-
-    def open_model(place: Path) -> LanguageModel:
-        return load(place, threads, kv=kv)
 
     def progress(name: str, what: str, word: str) -> Callable[[int, int, float], None]:
         def step(done: int, total: int, value: float) -> None:
@@ -126,12 +126,13 @@ def compare(
 
     found = []
     for name, place, fact in zip(names, places, facts, strict=True):
-        model = open_model(place)
+        model = load(place, threads, kv=kv)
         surprise, similar = None, None
-        if content is not None and against is not None and place.resolve() != against:
+        same = kv is None and place.resolve() == against
+        if content is not None and against is not None and not same:
             similar = agreement(
                 model,
-                open_model(against),
+                load(against, threads),
                 content,
                 context=context,
                 prompt_tokens=prompt_tokens,
@@ -152,11 +153,10 @@ def compare(
             accuracy(
                 model,
                 task,
-                data,
-                limit=limit,
+                items,
                 on_item=progress(name, task.name, "accuracy"),
             )
-            for task, data in tasks
+            for task, items in asked
         )
         del model
         found.append(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nybble.errors import FileError, UnsupportedError
+from nybble.errors import FileError, MissingFileError, UnsupportedError
 from nybble.eval.compare import Measured
 
 _FIRST = "#33475b"
@@ -28,6 +28,31 @@ class _Panel:
     chance: float | None = None
 
 
+def check(file: str | Path) -> None:
+    """Make sure that a picture can be written, before there is anything to draw.
+
+    Raises
+    ------
+    UnsupportedError
+        If matplotlib is not installed, or does not know the file's ending.
+    MissingFileError
+        If the folder the file should be in does not exist.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        msg = "a plot needs matplotlib, which is not installed: pip install 'nybble[eval]'"
+        raise UnsupportedError(msg) from error
+    file = Path(file)
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.lower().lstrip(".") not in known:
+        msg = f"{file}: expected one of the endings {', '.join(known)}, found {file.suffix!r}"
+        raise UnsupportedError(msg)
+    if not file.parent.is_dir():
+        msg = f"{file.parent}: no such folder"
+        raise MissingFileError(msg)
+
+
 def draw(models: Sequence[Measured], file: str | Path, title: str = "", foot: str = "") -> None:
     """Write the picture; the first model is drawn in grey, what is compared with it in red.
 
@@ -47,15 +72,12 @@ def draw(models: Sequence[Measured], file: str | Path, title: str = "", foot: st
     FileError
         If the file cannot be written.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        msg = "a plot needs matplotlib, which is not installed: pip install 'nybble[eval]'"
-        raise UnsupportedError(msg) from error
+    check(file)
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    file = Path(file)
     panels = _panels(models)
     across = min(_ACROSS, len(panels))
     down = -(-len(panels) // across)
@@ -79,9 +101,6 @@ def draw(models: Sequence[Measured], file: str | Path, title: str = "", foot: st
         figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
         figure.supxlabel(foot, fontsize=8, color="#555555", x=0.01, ha="left")
         figure.savefig(file, dpi=120)
-    except ValueError as error:  # matplotlib's word for an ending it does not know
-        msg = f"{file}: {error}"
-        raise UnsupportedError(msg) from error
     except OSError as error:
         msg = f"{file}: {error.strerror or error}"
         raise FileError(msg) from error
