@@ -107,7 +107,16 @@ def test_the_table_of_several(run, tiny_folder, compressed_folder, text):
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
     assert "model" in lines[0]
-    for column in ("size", "bits/weight", "perplexity", "KL", "same top", "piqa acc", "speed"):
+    for column in (
+        "size",
+        "bits/weight",
+        "perplexity",
+        "bits/byte",
+        "KL",
+        "same top",
+        "piqa acc",
+        "speed",
+    ):
         assert column in lines[0]
     named = [line for line in lines if "reference" in line]
     assert len(named) == 2  # the same folder twice
@@ -116,6 +125,24 @@ def test_the_table_of_several(run, tiny_folder, compressed_folder, text):
     assert "Questions: piqa 4." in outcome.out
     for label in ("w4a8 agreement:", "llama piqa:"):
         assert label in outcome.err
+
+
+def test_models_with_different_tokenizers(run, run_json, tiny_folder, tmp_path, text):
+    """Bits per byte compare, predictions do not: only a reference that is named is an error."""
+    from tiny import write_llama, write_tokenizer
+
+    other = write_llama(tmp_path / "other", vocab=300)
+    write_tokenizer(other)
+    arguments = "eval", "--compare", tiny_folder, other, "--text", text, "-c", 64
+    outcome = run(*arguments)
+    assert outcome.code == 0
+    assert "different vocabularies" in outcome.err
+    assert "bits/byte" in outcome.out
+    assert "KL" not in outcome.out
+    assert all(model["agreement"] is None for model in run_json(*arguments)["models"])
+    outcome = run(*arguments, "--reference", tiny_folder, "-q")
+    assert outcome.code == 1
+    assert "expected the vocabulary of" in outcome.err
 
 
 def test_without_a_text_the_known_one(run, tiny_folder, compressed_folder, data, monkeypatch):

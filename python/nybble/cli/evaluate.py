@@ -36,7 +36,8 @@ def evaluate(
             "--text",
             metavar="FILE",
             help='Measure perplexity on it: .txt or .jsonl of {"text": ...} lines, either of them '
-            "also as .gz. With --compare by default WikiText-2 in the folder NYBBLE_DATA names.",
+            "also as .gz. With --compare and no --task, WikiText-2 in the folder NYBBLE_DATA "
+            "names.",
             show_default=False,
         ),
     ] = None,
@@ -97,7 +98,7 @@ def evaluate(
             "--reference",
             metavar="MODEL",
             help="Compare the predictions on the text with this model's: divergence and agreement. "
-            "With --compare the first model, if no other is named.",
+            "With --compare the first model, if no other is named and the vocabularies are equal.",
             show_default=False,
         ),
     ] = None,
@@ -122,6 +123,7 @@ def evaluate(
     asks them, without examples. MODEL may be a float folder, a compressed one or a GGUF file: all
     take the same path, so their figures compare.
     """
+    from nybble.anatomy import describe
     from nybble.cli import output
     from nybble.eval.compare import compare as measure
     from nybble.eval.plot import check, draw
@@ -153,7 +155,10 @@ def evaluate(
     paths = [options.open_path(model) for model in models]
     against = None if reference is None else options.open_path(reference)
     if compare and against is None and text is not None:
-        against = paths[0]
+        if len({describe(path)["vocab"] for path in paths}) == 1:
+            against = paths[0]
+        elif not quiet:
+            output.note("predictions are not compared: the models have different vocabularies")
     with _Progress(on=not quiet, named=len(paths) > 1) as progress:
         found = measure(
             paths,
@@ -312,9 +317,8 @@ def _table(found: "Sequence[Measured]", against: Path | None) -> "Table":
     from nybble.cli import output
 
     head = ["model", "size", "bits/weight"]
-    texts = any(model.perplexity for model in found)
-    if texts:
-        head.append("perplexity")
+    if found[0].perplexity is not None:
+        head += ["perplexity", "bits/byte"]
     if against is not None:
         head += ["KL", "same top"]
     head += [f"{part.task} {part.metric}" for part in found[0].accuracy]
@@ -325,6 +329,7 @@ def _table(found: "Sequence[Measured]", against: Path | None) -> "Table":
         if model.perplexity is not None:
             part = model.perplexity
             cells.append(f"{part.perplexity:.3f}{_spread(part.perplexity_stderr, 3)}")
+            cells.append("-" if part.bits_per_byte is None else f"{part.bits_per_byte:.4f}")
         if against is not None:
             near = model.agreement
             cells += (

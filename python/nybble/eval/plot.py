@@ -13,7 +13,7 @@ _OTHERS = "#b3261e"
 #: Panels in a row.
 _ACROSS = 3
 
-#: A figure and its error; ``None`` where a model has none.
+#: A figure and its error; ``None`` for the reference, which is not compared with itself.
 _Entry: TypeAlias = tuple[float, float | None] | None
 
 
@@ -142,7 +142,7 @@ def _bars(axis: Any, panel: _Panel) -> None:
     longest = max(ends, default=1.0) or 1.0
     for place, entry in enumerate(panel.values):
         if entry is None:
-            axis.text(0, place, " none", va="center", fontsize=8, color="#888888")
+            axis.text(0, place, " reference", va="center", fontsize=8, color="#888888")
             continue
         value, error = entry
         axis.barh(place, value, 0.72, color=_OTHERS if place else _FIRST)
