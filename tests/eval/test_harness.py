@@ -73,7 +73,7 @@ def original(tiny_folder):
     torch.set_num_threads(threads)
 
 
-def evaluate(model, *configs):
+def evaluate(model, *configs, **options):
     """Run tasks through the harness; return each task's figures and its questions in order."""
     from lm_eval.tasks import TaskManager
 
@@ -81,6 +81,7 @@ def evaluate(model, *configs):
         model,
         tasks=list(configs),
         bootstrap_iters=0,
+        **options,
         task_manager=TaskManager(include_defaults=False),  # indexing its own takes long
     )
     by_number = {
@@ -198,7 +199,7 @@ def test_texts_longer_than_the_context(tiny, original):
     assert found != pytest.approx(whole, rel=1e-5)
 
 
-def test_it_is_known_by_its_name(tiny_folder):
+def test_it_is_known_by_its_name(tiny, tiny_folder, rows):
     from lm_eval.api.registry import get_model
 
     from nybble.eval.harness import NybbleLM
@@ -207,6 +208,15 @@ def test_it_is_known_by_its_name(tiny_folder):
     model = NybbleLM.create_from_arg_string(f"path={tiny_folder},threads=1,max_length=20")
     assert model.max_length == 20
     assert model.model.info["threads"] == 1
+    results, _ = evaluate(
+        "nybble",
+        choices_config("piqa", rows),
+        model_args={"path": str(tiny_folder)},
+        device="cpu",
+        limit=10,
+    )
+    expected = nybble.eval.accuracy(tiny, "piqa", rows, limit=10)
+    assert results["piqa"]["acc,none"] == pytest.approx(expected.acc)
     (point,) = entry_points(group="lm_eval.models", name="nybble")
     assert point.load() is NybbleLM
 

@@ -1,6 +1,6 @@
 """The log-likelihood of a continuation after a prompt, for many of them one after the other.
 
-What a prompt shares with the one before it, is not computed again: the continuations of one prompt
+What a prompt shares with the one before it is not computed again: the continuations of one prompt
 cost one pass over the prompt and one over each of them, and continuations of one token nothing but
 the prompt. That changes no bit of the result, since the rows of a pass do not depend on each other.
 """
