@@ -8,6 +8,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     head: {bits: 8, group: 32, symmetric: true}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
+    softmax: exact
 
 Every key may be left out. Options given beside a recipe take the place of what it says. A key that
 is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
@@ -17,6 +18,9 @@ and a regular expression for the whole path; they stay in 16 bits. ``floats`` sa
 matrices are written that stay floats: ``auto`` keeps 16-bit types and writes float32 as bfloat16
 and what a GGUF file had quantized as float16; ``bf16`` and ``f16`` force one. Vectors (norms,
 biases) keep 32 bits if they had them.
+
+``softmax: log2`` makes attention weigh with powers of two of 4-bit exponents while running, as
+Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
@@ -173,9 +177,11 @@ class Recipe:
     head: Matrix = field(default_factory=Matrix)
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
+    softmax: str = "exact"
 
     def __post_init__(self) -> None:
         _check("floats", self.floats, ("auto", "bf16", "f16"))
+        _check("softmax", self.softmax, ("exact", "log2"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
 
     def linear_scheme(self, role: str) -> Scheme | None:
@@ -205,6 +211,10 @@ class Recipe:
         inputs = self.activations
         whole = self.weights.zeros == "whole"
         return Scheme(bits, group, symmetric, inputs.of(role), inputs.strategy, whole)
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return what the folder says about running beyond its tensors; empty for the usual."""
+        return {} if self.softmax == "exact" else {"softmax": self.softmax}
 
     def with_options(
         self,
