@@ -104,7 +104,16 @@ fn bench_f32(c: &mut Criterion) {
 fn bench_attention(c: &mut Criterion) {
     let pool = pool();
     let (heads, kv_heads, head_dim) = (9, 3, 64);
-    let shape = Shape { heads, kv_heads, head_dim, scale: 0.125, window: None, alibi: None, softcap: None };
+    let shape = Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.125,
+        window: None,
+        alibi: None,
+        softcap: None,
+        log2: false,
+    };
     for (name, len, n) in [("prefill", 512, 512), ("decode", 1024, 1)] {
         let mut group = group(c, &format!("attention/{name}"));
         let q = noise(n * heads * head_dim);

@@ -162,6 +162,17 @@ def test_w8a8_costs_at_most_one_percent_perplexity(
     assert perplexity(off_grid, weights=8, activations=8, group=32) <= 1.01 * perplexity(gguf)
 
 
+def test_questions_are_answered_as_often_as_through_transformers(gguf: Path) -> None:
+    # lm-evaluation-harness with the same weights in transformers finds 49 and 43 of these hundred.
+    from nybble.eval import accuracy
+
+    assert DATA
+    questions = Path(DATA) / "qa" / "arc_easy_test.jsonl.gz"
+    result = accuracy(nybble.load(gguf, kv="f32"), "arc_easy", questions, limit=100)
+    assert result.acc == pytest.approx(0.49, abs=0.02)
+    assert result.acc_norm == pytest.approx(0.43, abs=0.02)
+
+
 def test_the_compressed_model_writes_sensible_text(gguf: Path, tmp_path: Path) -> None:
     nybble.compress(gguf, tmp_path / "w4a8", progress=False)
     model = nybble.load(tmp_path / "w4a8")

@@ -434,3 +434,24 @@ def test_what_the_hub_delivers_wrongly_is_refused(fake_hub, tmp_path):
     done = pull("acme/other")
     assert done.returncode == 1
     assert "no such public repository" in done.stderr
+
+
+def test_folders_that_pip_removes_meanwhile_are_passed_over(tmp_path):
+    from nybble.hub.package import _largest_file
+
+    (tmp_path / "kept").write_bytes(b"12345")
+    done = threading.Event()
+
+    def come_and_go():
+        while not done.is_set():
+            (tmp_path / "pip-unpack").mkdir()
+            (tmp_path / "pip-unpack").rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        found = {_largest_file(tmp_path) for _ in range(2000)}
+    finally:
+        done.set()
+        thread.join()
+    assert found == {5}

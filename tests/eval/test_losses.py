@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nybble.eval.losses import Tally, exp, token_losses
+from nybble.eval.losses import Tally, compare_logits, exp, token_losses
 
 
 def reference(logits, targets):
@@ -44,6 +46,42 @@ def test_extremes():
     assert losses[0] == 0
     assert losses[1] == pytest.approx(3e38)
     assert np.isnan(token_losses(np.full((1, 10), np.nan, dtype=np.float32), [0]))[0]
+
+
+def test_divergence_by_hand():
+    """p = (3/4, 1/4) and q = (1/2, 1/2): KL = 3/4 log(3/2) + 1/4 log(1/2)."""
+    a = np.array([[math.log(3), 0.0], [0.0, 0.0]], dtype=np.float32)
+    b = np.array([[7.0, 7.0], [1.0, 0.0]], dtype=np.float32)
+    found = compare_logits(a, b, [1, 0])
+    assert found.divergence[0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    q = math.e / (1 + math.e)
+    assert found.divergence[1] == pytest.approx(-math.log(2) - 0.5 * math.log(q * (1 - q)))
+    assert found.losses[0] == pytest.approx(math.log(2))
+    assert found.reference_losses[0] == pytest.approx(math.log(4))
+    assert found.same_top.tolist() == [True, True]
+    assert not compare_logits(a[:1], -a[:1], [0]).same_top[0]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 130),
+    scale=st.floats(1e-3, 20),
+    noise=st.floats(0, 5),
+    shift=st.floats(-100, 100),
+)
+def test_divergence_against_float64(seed, rows, scale, noise, shift):
+    random = np.random.default_rng(seed)
+    a = (random.standard_normal((rows, 53)) * scale).astype(np.float32)
+    b = (a + random.standard_normal((rows, 53)) * noise + shift).astype(np.float32)
+    targets = random.integers(0, 53, rows)
+    found = compare_logits(a, b, targets)
+    wide = [x.astype(np.float64) for x in (a, b)]
+    p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in wide)
+    np.testing.assert_allclose(found.divergence, (np.exp(p) * (p - q)).sum(axis=1), atol=3e-5)
+    assert (found.divergence > -3e-5).all()
+    np.testing.assert_allclose(found.losses, token_losses(b, targets), atol=1e-9)
+    np.testing.assert_allclose(found.reference_losses, token_losses(a, targets), atol=1e-9)
+    assert (compare_logits(a, a, targets).divergence == 0).all()
 
 
 def test_the_mean_is_over_tokens_not_windows():

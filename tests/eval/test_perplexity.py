@@ -90,6 +90,7 @@ def test_what_cannot_be_measured(tiny):
 
 def test_logits_that_are_no_numbers_are_an_error(tiny):
     class Broken:
+        path = "broken"
         context = 512
         tokenizer = tiny.tokenizer
 

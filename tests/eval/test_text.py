@@ -7,6 +7,7 @@ import pytest
 
 from nybble.errors import FormatError, MissingFileError, NybbleError
 from nybble.eval import read_text, text
+from nybble.eval.text import read_rows
 
 ROWS = ["", " = Title = \n", "Žluťoučký kůň,\r\nzwei\n", 'a "quoted" row']
 
@@ -72,3 +73,11 @@ def test_a_small_file_with_much_text_is_refused(tmp_path, monkeypatch, name):
     row = "x" * 6000 if name == "a.txt.gz" else json.dumps({"text": "x" * 3000}) + "\n"
     with pytest.raises(NybbleError):
         read_text(write(tmp_path / name, row * 2))
+
+
+def test_rows_come_with_their_lines_and_no_further_than_asked(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", '{"a": 1}\n\n{"b": [2]}\nnot json\n')
+    rows = read_rows(path)
+    assert [next(rows), next(rows)] == [(1, {"a": 1}), (3, {"b": [2]})]
+    with pytest.raises(FormatError, match="line 4: expected a JSON object"):
+        next(rows)

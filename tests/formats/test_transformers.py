@@ -239,3 +239,32 @@ def test_inputs_are_rounded_as_the_folder_says(source, tmp_path, activations, gr
     difference = np.abs(found - wanted) / np.abs(wanted).max()
     assert np.median(difference) < (1e-4 if set(bits.values()) <= {8, 16} else 1e-2)
     assert difference.max() < 0.2
+
+
+def test_softmax_of_powers_of_two(source, tmp_path):
+    """Against torch's own attention with its weights rounded; values are 8-bit codes there."""
+    recipe = {"weights": {"bits": 16}, "embedding": {"bits": 16}, "head": {"bits": 16}}
+    plain = compress(source, tmp_path / "plain", **recipe, floats="bf16")
+    out = compress(source, tmp_path / "out", **recipe, floats="bf16", softmax="log2")
+    section = json.loads((out / "config.json").read_text())["nybble"]
+    assert section["run"] == {"softmax": "log2"}
+    assert "run" not in json.loads((plain / "config.json").read_text())["nybble"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = list(range(3, 33))
+    exact = logits(model, ids)
+    softmax = torch.nn.functional.softmax
+
+    def powers(*args, **kwargs):
+        exponent = (-softmax(*args, **kwargs).log2()).round()
+        return torch.where(exponent > 15, torch.zeros_like(exponent), (-exponent).exp2())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", powers)
+        wanted = logits(model, ids)
+    found = nybble.load(out, kv="f32").forward(ids)
+    top = np.abs(wanted).max()
+    assert np.abs(wanted - exact).max() > 0.02 * top  # the rounding is there to be seen
+    assert np.median(np.abs(found - wanted)) < 5e-3 * top
+    assert np.abs(nybble.load(plain, kv="f32").forward(ids) - exact).max() < 1e-4 * top

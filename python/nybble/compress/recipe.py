@@ -10,6 +10,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     calibration: {tokens: 16384, context: 1024, seed: 0}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
+    softmax: exact
 
 Every key may be left out. Options given beside a recipe take the place of what it says. A key that
 is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
@@ -24,6 +25,9 @@ biases) keep 32 bits if they had them.
 (:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings.
 ``calibration`` says how much text is looked at by methods that do; the text itself is given beside
 the recipe.
+
+``softmax: log2`` makes attention weigh with powers of two of 4-bit exponents while running, as
+Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
@@ -206,9 +210,11 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
+    softmax: str = "exact"
 
     def __post_init__(self) -> None:
         _check("floats", self.floats, ("auto", "bf16", "f16"))
+        _check("softmax", self.softmax, ("exact", "log2"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
         fold = self.fold()
         if fold is None:
@@ -268,6 +274,10 @@ class Recipe:
         inputs = self.activations
         whole = self.weights.zeros == "whole"
         return Scheme(bits, group, symmetric, inputs.of(role), inputs.strategy, whole)
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return what the folder says about running beyond its tensors; empty for the usual."""
+        return {} if self.softmax == "exact" else {"softmax": self.softmax}
 
     def with_options(
         self,

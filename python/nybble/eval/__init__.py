@@ -1,6 +1,20 @@
-"""How good a model still is: perplexity on a text."""
+"""How good a model still is: perplexity, agreement with the original, accuracy on questions."""
 
+from nybble.eval.agreement import Agreement, agreement
+from nybble.eval.choices import Accuracy, accuracy
+from nybble.eval.continuation import continuation
 from nybble.eval.perplexity import Perplexity, perplexity
+from nybble.eval.tasks import TASKS
 from nybble.eval.text import read_text
 
-__all__ = ["Perplexity", "perplexity", "read_text"]
+__all__ = [
+    "TASKS",
+    "Accuracy",
+    "Agreement",
+    "Perplexity",
+    "accuracy",
+    "agreement",
+    "continuation",
+    "perplexity",
+    "read_text",
+]

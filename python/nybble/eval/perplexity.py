@@ -11,7 +11,7 @@ tokenizers: the losses in bits, divided by the bytes of the text that was predic
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 from nybble.errors import ArgumentError, FormatError
 from nybble.eval.losses import Tally, exp, token_losses
 from nybble.eval.text import read_text
+from nybble.eval.windows import bytes_behind, cut, encode, predictions
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from nybble.runtime import LanguageModel, Session
-
-#: Tokens computed at once: their logits, this many rows of the vocabulary, are all that is held.
-_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,8 @@ class Perplexity:
         Tokens that were read, tokens that were predicted, and the bytes of those.
     windows, context
         Number and length of the windows.
+    prompt_tokens
+        Tokens at the beginning of each window that are given and not predicted.
     seconds, tokens_per_second
         Time for everything but loading and encoding, and tokens read in a second of it.
     """
@@ -61,6 +61,7 @@ class Perplexity:
     predicted_bytes: int
     windows: int
     context: int
+    prompt_tokens: int
     seconds: float
     tokens_per_second: float
 
@@ -69,18 +70,65 @@ class Perplexity:
         return asdict(self)
 
 
-def encode(model: "LanguageModel", text: str, max_tokens: int | None = None) -> list[int]:
-    """Return the first tokens of a text, without a begin token.
+class Meter:
+    """Adds up the losses of one model, window by window.
 
-    Only as much of the text as ``max_tokens`` needs is encoded.
+    Parameters
+    ----------
+    model
+        Whose losses they are.
+    prompt_tokens
+        Tokens at the beginning of each window that are not predicted.
     """
-    size = len(text) if max_tokens is None else 8 * max_tokens + 4096
-    while True:
-        tokens = model.tokenizer.encode(text[:size], add_special_tokens=False)
-        # The last tokens of a cut text differ from those of the whole: there must be some to spare.
-        if size >= len(text) or (max_tokens is not None and len(tokens) >= max_tokens + 256):
-            return tokens[:max_tokens]
-        size *= 2
+
+    def __init__(self, model: "LanguageModel", prompt_tokens: int) -> None:
+        self.tally = Tally()
+        self.read = 0
+        self.seconds = 0.0
+        self._model = model
+        self._prompt = prompt_tokens
+        self._bytes = 0
+
+    def add(self, losses: "npt.NDArray[np.float64]") -> None:
+        """Count some tokens of the present window."""
+        self.tally.add(losses)
+
+    def close(self, window: list[int]) -> None:
+        """End the present window.
+
+        Raises
+        ------
+        FormatError
+            If its losses are not finite.
+        """
+        self.tally.close()
+        if not math.isfinite(self.tally.losses[-1]):
+            number = len(self.tally.losses)
+            msg = f"{self._model.path}: window {number}: the model's logits are not finite"
+            raise FormatError(msg)
+        self.read += len(window)
+        self._bytes += bytes_behind(self._model, window, self._prompt)
+
+    def result(self, context: int) -> Perplexity:
+        """Return what the windows measured."""
+        tally, size = self.tally, self._bytes
+        loss, error = tally.mean, tally.standard_error
+        return Perplexity(
+            perplexity=exp(loss),
+            perplexity_stderr=None if error is None else exp(loss) * error,
+            loss=loss,
+            loss_stderr=error,
+            bits_per_token=loss / math.log(2),
+            bits_per_byte=loss * tally.tokens / math.log(2) / size if size else None,
+            tokens=self.read,
+            predicted_tokens=tally.tokens,
+            predicted_bytes=size,
+            windows=len(tally.losses),
+            context=context,
+            prompt_tokens=self._prompt,
+            seconds=self.seconds,
+            tokens_per_second=self.read / self.seconds if self.seconds > 0 else math.inf,
+        )
 
 
 def perplexity(
@@ -113,69 +161,51 @@ def perplexity(
     FormatError
         If the model's logits are not finite.
     """
-    limit = model.context
-    if not 2 <= context <= limit:
-        msg = f"context: expected 2 to {limit} (the model's own limit), found {context}"
-        raise ArgumentError(msg)
-    if max_tokens is not None and max_tokens < 2:
-        msg = f"max_tokens: expected at least 2, found {max_tokens}"
-        raise ArgumentError(msg)
-    tokens = encode(model, read_text(text) if isinstance(text, Path) else text, max_tokens)
-    if len(tokens) < 2:
-        msg = f"text: expected at least 2 tokens, found {len(tokens)}"
-        raise ArgumentError(msg)
-    windows = [tokens[start : start + context] for start in range(0, len(tokens), context)]
-    if len(windows[-1]) < 2:
-        windows.pop()  # one token alone predicts nothing
-    tally, read, size = Tally(), 0, 0
-    session = model.session()
-    start = time.perf_counter()
-    for window in windows:
-        for losses in _window_losses(session, window):
-            tally.add(losses)
-        tally.close()
-        if not math.isfinite(tally.losses[-1]):
-            msg = f"window {len(tally.losses)}: the model's logits are not finite"
-            raise FormatError(msg)
-        read += len(window)
-        size += _bytes_after_first(model, window)
-        if on_window is not None:
-            on_window(read, len(tokens), exp(tally.mean))
-    seconds = time.perf_counter() - start
-    loss, error = tally.mean, tally.standard_error
-    return Perplexity(
-        perplexity=exp(loss),
-        perplexity_stderr=None if error is None else exp(loss) * error,
-        loss=loss,
-        loss_stderr=error,
-        bits_per_token=loss / math.log(2),
-        bits_per_byte=loss * tally.tokens / math.log(2) / size if size else None,
-        tokens=read,
-        predicted_tokens=tally.tokens,
-        predicted_bytes=size,
-        windows=len(windows),
-        context=context,
-        seconds=seconds,
-        tokens_per_second=read / seconds if seconds > 0 else math.inf,
+    return measure(
+        model, text, prompt_tokens=1, context=context, max_tokens=max_tokens, on_window=on_window
     )
 
 
-def _window_losses(session: "Session", window: list[int]) -> "Iterator[npt.NDArray[np.float64]]":
-    """Give the losses of a window's tokens but the first, a chunk at a time."""
-    session.truncate(0)
-    inputs = window[:-1]
-    for start in range(0, len(inputs), _CHUNK):
-        piece = inputs[start : start + _CHUNK]
-        logits = session.forward(piece, "all")
-        yield token_losses(logits, window[start + 1 : start + 1 + len(piece)])
+def measure(
+    model: "LanguageModel",
+    text: "str | Path",
+    *,
+    prompt_tokens: int,
+    context: int,
+    max_tokens: int | None,
+    on_window: Callable[[int, int, float], None] | None,
+    session: "Session | None" = None,
+) -> Perplexity:
+    """Measure the loss of what stands behind the first ``prompt_tokens`` tokens of each window.
 
-
-def _bytes_after_first(model: "LanguageModel", window: list[int]) -> int:
-    """Return how many bytes of text the tokens behind the first stand for.
-
-    As a difference, so that what a decoder does to the beginning of a text cancels out.
+    See :func:`perplexity` and :func:`nybble.eval.continuation` for the parameters.
     """
-    decode = model.tokenizer.decode
-    whole = decode(window, skip_special_tokens=False)
-    first = decode(window[:1], skip_special_tokens=False)
-    return len(whole.encode()) - len(first.encode())
+    tokens = text_tokens(model, text, max_tokens)
+    windows = cut(tokens, context=context, limit=model.context, prompt_tokens=prompt_tokens)
+    meter = Meter(model, prompt_tokens)
+    session = model.session() if session is None else session
+    start = time.perf_counter()
+    for window in windows:
+        for logits, targets in predictions(session, window, prompt_tokens):
+            meter.add(token_losses(logits, targets))
+        meter.close(window)
+        if on_window is not None:
+            on_window(meter.read, len(tokens), exp(meter.tally.mean))
+    meter.seconds = time.perf_counter() - start
+    return meter.result(context)
+
+
+def text_tokens(
+    model: "LanguageModel", text: "str | Path", max_tokens: int | None = None
+) -> list[int]:
+    """Return the first tokens of a text or of a text file.
+
+    Raises
+    ------
+    ArgumentError
+        If ``max_tokens`` is less than two.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        msg = f"max_tokens: expected at least 2, found {max_tokens}"
+        raise ArgumentError(msg)
+    return encode(model, read_text(text) if isinstance(text, Path) else text, max_tokens)

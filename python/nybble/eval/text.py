@@ -1,15 +1,17 @@
 """Evaluation text from a file: plain, gzipped, or JSON lines.
 
-``.jsonl`` files have one object ``{"text": row}`` a line; the rows are joined with two newlines,
-which is how WikiText's perplexity is usually taken. A final ``.gz`` means gzip for either kind.
+``.jsonl`` files have one object a line; of texts it is ``{"text": row}``, and the rows are joined
+with two newlines, which is how WikiText's perplexity is usually taken. A final ``.gz`` means gzip
+for either kind.
 """
 
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from nybble.errors import ArgumentError, FileError, FormatError, MissingFileError
 
@@ -35,17 +37,79 @@ def read_text(path: str | Path) -> str:
         If it holds more than :data:`MAX_CHARS` characters.
     """
     path = Path(path)
+    if _is_lines(path):
+        return "\n\n".join(_text(path, number, row) for number, row in read_rows(path))
     parts: list[str] = []
     total = 0
-    separator = "\n\n" if _is_lines(path) else ""
+    with _reading(path) as file:
+        while block := file.read(_BLOCK):
+            total += len(block)
+            _check_size(path, total)
+            parts.append(block)
+    return "".join(parts)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Give the objects of a ``.jsonl`` or ``.jsonl.gz`` file with the numbers of their lines.
+
+    Empty lines are passed over; lines count from 1. Nothing is read behind the last row asked for.
+
+    Raises
+    ------
+    FormatError
+        If it is not UTF-8, not gzip, or a line is not a JSON object; the line is named.
+    ArgumentError
+        If it holds more than :data:`MAX_CHARS` characters.
+    """
+    path = Path(path)
+    number = total = 0
+    with _reading(path) as file:
+        # One line can be as long as the file: the limit keeps a damaged one out of the memory.
+        while line := file.readline(MAX_CHARS):
+            number += 1
+            total += len(line)
+            _check_size(path, total)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                msg = f"{path}: line {number}: expected a JSON object, found: {error}"
+                raise FormatError(msg) from error
+            if not isinstance(row, dict):
+                found = type(row).__name__
+                msg = f"{path}: line {number}: expected a JSON object, found {found}"
+                raise FormatError(msg)
+            yield number, row
+
+
+def _text(path: Path, number: int, row: dict[str, Any]) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        msg = f'{path}: line {number}: expected {{"text": "..."}}, found keys {sorted(row)}'
+        raise FormatError(msg)
+    return text
+
+
+def _check_size(path: Path, chars: int) -> None:
+    if chars > MAX_CHARS:
+        msg = f"{path}: expected at most {MAX_CHARS} characters, found more"
+        raise ArgumentError(msg)
+
+
+def _is_lines(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1:] == [".jsonl"]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    """Open a file for reading; what goes wrong in the block is told with its name."""
     try:
         with _open(path) as file:
-            for part in _rows(file, path) if separator else _blocks(file):
-                total += len(part) + len(separator)
-                if total > MAX_CHARS:
-                    msg = f"{path}: expected at most {MAX_CHARS} characters, found more"
-                    raise ArgumentError(msg)
-                parts.append(part)
+            yield file
     except UnicodeDecodeError as error:
         msg = f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}"
         raise FormatError(msg) from error
@@ -58,42 +122,9 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         msg = f"{path}: {error.strerror or error}"
         raise FileError(msg) from error
-    return separator.join(parts)
-
-
-def _is_lines(path: Path) -> bool:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-    return suffixes[-1:] == [".jsonl"]
 
 
 def _open(path: Path) -> TextIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")
-
-
-def _blocks(file: TextIO) -> Iterator[str]:
-    while block := file.read(_BLOCK):
-        yield block
-
-
-def _rows(file: TextIO, path: Path) -> Iterator[str]:
-    number = 0
-    # One line can be as long as the file: the limit keeps a damaged one from filling the memory.
-    while line := file.readline(MAX_CHARS):
-        number += 1
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            msg = f"{path}: line {number}: expected a JSON object, found: {error}"
-            raise FormatError(msg) from error
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            found = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-            msg = f'{path}: line {number}: expected {{"text": "..."}}, found {found}'
-            raise FormatError(msg)
-        yield text

@@ -133,9 +133,11 @@ def _wait(
 def _largest_file(folder: Path) -> int:
     """Return the size of the largest file below ``folder``: pip copies the wheel at the end."""
     largest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it may have been moved in the meantime
-            largest = max(largest, path.stat().st_size)
+    # Files and whole folders may go away in the meantime: `walk` passes over those, `rglob` fails.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                largest = max(largest, Path(place, name).stat().st_size)
     return largest
 
 

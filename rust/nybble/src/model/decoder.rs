@@ -45,7 +45,7 @@ impl Session {
         logits: &mut [f32],
         stop: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let run = Run { pool: &model.pool, kernels: &model.kernels };
+        let run = Run { pool: &model.pool, kernels: &model.kernels, settings: &model.settings };
         let (n, start) = (tokens.len(), self.tokens.len());
         let s = &mut self.scratch;
         for buffer in [&mut s.x, &mut s.xb, &mut s.h] {
@@ -210,6 +210,7 @@ fn attend(
         window: attention.window,
         alibi: attention.slopes.as_deref(),
         softcap: attention.softcap,
+        log2: run.settings.log2_softmax,
     };
     fit(&mut s.att, n * q);
     let kernel = run.kernels.attention;

@@ -5,17 +5,19 @@
 
 use std::sync::Arc;
 
+use super::settings::Settings;
 use crate::error::Result;
 use crate::kernels::quantize::{Activations, Rounding};
 use crate::kernels::{Columns, IntProduct, Kernels, float_matmul, int_matmuls};
 use crate::pack::Packed;
 use crate::threads::Pool;
 
-/// What runs a model: its threads and kernels.
+/// What runs a model: its threads, kernels and settings.
 #[derive(Clone, Copy)]
 pub(super) struct Run<'a> {
     pub(super) pool: &'a Pool,
     pub(super) kernels: &'a Kernels,
+    pub(super) settings: &'a Settings,
 }
 
 /// One matrix of a linear.

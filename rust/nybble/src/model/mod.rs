@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod info;
 pub mod quantization;
 pub mod rope;
+pub mod settings;
 pub mod spec;
 pub mod validate;
 
@@ -39,6 +40,7 @@ use crate::threads::Pool;
 pub use checkpoint::Checkpoint;
 pub use info::Info;
 pub use session::{Logits, Session};
+pub use settings::Settings;
 pub use spec::Spec;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -66,6 +68,7 @@ pub struct Model {
     config: Value,
     context: usize,
     kv: KvType,
+    settings: Settings,
     pool: Pool,
     kernels: Kernels,
     weights: load::Weights,
@@ -80,6 +83,7 @@ impl Model {
         let pool = Pool::new(threads)?;
         let checkpoint = Checkpoint::open(path, options.access)?;
         let spec = checkpoint.spec()?;
+        let settings = Settings::read(checkpoint.config())?;
         let context = match options.context {
             None => spec.context,
             Some(context) if (1..=spec.context).contains(&context) => context,
@@ -97,6 +101,7 @@ impl Model {
             config: checkpoint.config().clone(),
             context,
             kv,
+            settings,
             pool,
             kernels: Kernels::best(),
             weights,
@@ -116,6 +121,11 @@ impl Model {
     /// Its configuration; for a GGUF file the one rebuilt from its metadata.
     pub fn config(&self) -> &Value {
         &self.config
+    }
+
+    /// How it is run.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Most tokens a session holds.

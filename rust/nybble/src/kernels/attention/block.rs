@@ -62,56 +62,30 @@ impl<T: Tier> Attention for T {
 /// # Safety
 /// As [`Attention::run`], and `E` is the cache's element.
 unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory: &mut Memory) {
-    let dim = call.shape.head_dim;
-    let padded = call.cache.padded_dim();
-    let heads = task.heads.len();
-    let rows = task.queries.len() * heads;
-    assert!(rows <= TASK_ROWS, "{rows} rows of a task");
+    let job = Job::<T, E>::new(tier, call, task);
+    if call.shape.log2 {
+        // SAFETY: promised by the caller.
+        return unsafe { super::log2::run(&job, memory) };
+    }
+    let Job { dim, padded, .. } = job;
+    let rows = job.rows();
 
     let (queries, rest) = memory.lines.elements_mut::<f32>().split_at_mut(TASK_ROWS * padded);
     let (sums, rest) = rest.split_at_mut(TASK_ROWS * padded);
     let (totals, scores) = rest.split_at_mut(TASK_ROWS * padded);
     let scores = &mut scores.as_chunks_mut::<KEYS>().0[..MAX_ROWS];
     let mut total_running = [Running::START; TASK_ROWS];
-    for row in 0..rows {
-        let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
-        let source = &call.q[query * call.q_stride + head * dim..][..dim];
-        let target = &mut queries[row * padded..][..dim];
-        target.copy_from_slice(source);
-        tier.run(Scale(target, call.shape.scale));
-    }
+    job.queries(queries);
 
-    let job = Job {
-        tier,
-        call,
-        keys: call.cache.keys::<E>(task.kv_head),
-        values: call.cache.values::<E>(task.kv_head),
-        scales: call.cache.scales(task.kv_head),
-        dim,
-        padded,
-    };
-    // What the first query sees starts first, what the last one sees ends last.
-    let first = job.seen(task.queries.start).start;
-    let last = job.seen(task.queries.end - 1).end;
-    let blocks = rows.div_ceil(T::ROWS);
+    let seen = job.all_seen();
     for span in task.spans.clone() {
         let mut running = [Running::START; TASK_ROWS];
         sums[..rows * padded].fill(0.0);
-        let from = first.max(span * SPAN) / KEYS * KEYS;
-        for start in (from..last.min((span + 1) * SPAN)).step_by(KEYS) {
-            for block in 0..blocks {
-                let part = rows * block / blocks..rows * (block + 1) / blocks;
+        let from = seen.start.max(span * SPAN) / KEYS * KEYS;
+        for start in (from..seen.end.min((span + 1) * SPAN)).step_by(KEYS) {
+            for part in job.parts() {
                 let lines = part.start * padded..part.end * padded;
-                let mut seen = [(0, 0); MAX_ROWS];
-                let mut slopes = [0.0; MAX_ROWS];
-                for ((row, seen), slope) in part.clone().zip(&mut seen).zip(&mut slopes) {
-                    let all = job.seen(task.queries.start + row / heads);
-                    *seen = (
-                        all.start.clamp(start, start + KEYS) - start,
-                        all.end.clamp(start, start + KEYS) - start,
-                    );
-                    *slope = call.shape.alibi.map_or(0.0, |slopes| slopes[task.heads.start + row % heads]);
-                }
+                let (seen, slopes) = job.sight(&part, start);
                 let rows = Rows {
                     queries: &queries[lines.clone()],
                     sums: &mut sums[lines],
@@ -126,7 +100,7 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
         for row in 0..rows {
             let (span_sums, running) = (&sums[row * padded..][..padded], running[row]);
             if let Some(partials) = call.partials {
-                let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
+                let (query, head) = job.place(row);
                 let place = (query * call.shape.heads + head) * call.spans.len() + span - call.spans.start;
                 // SAFETY: this query and head in this span are this task's own.
                 let left = unsafe { partials.row(place, 0, partial(padded)) };
@@ -143,7 +117,7 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
     }
 
     for row in 0..rows {
-        let (query, head) = (task.queries.start + row / heads, task.heads.start + row % heads);
+        let (query, head) = job.place(row);
         // SAFETY: this query and head are this task's own.
         let out = unsafe { call.out.row(query, head * dim, dim) };
         out.copy_from_slice(&totals[row * padded..][..dim]);
@@ -152,44 +126,111 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
 }
 
 /// What all rows of a task share.
-struct Job<'a, T, E> {
-    tier: T,
-    call: &'a Call<'a>,
+pub(super) struct Job<'a, T, E> {
+    pub(super) tier: T,
+    pub(super) call: &'a Call<'a>,
+    pub(super) task: &'a Task,
     keys: &'a [E],
-    values: &'a [E],
+    pub(super) values: &'a [E],
     /// Of the keys and of the values, if they are codes.
-    scales: Option<(&'a [f32], &'a [f32])>,
-    dim: usize,
-    padded: usize,
+    pub(super) scales: Option<(&'a [f32], &'a [f32])>,
+    pub(super) dim: usize,
+    pub(super) padded: usize,
 }
+
+/// For each row of a part, the first key of a block that it sees and the first after those; and its slope.
+pub(super) type Sight = ([(usize, usize); MAX_ROWS], [f32; MAX_ROWS]);
 
 /// At most [`Tier::ROWS`] rows.
-struct Rows<'a> {
+pub(super) struct Rows<'a> {
     /// Scaled queries, `padded` apart.
-    queries: &'a [f32],
+    pub(super) queries: &'a [f32],
     /// Weighted sums of values, `padded` apart.
-    sums: &'a mut [f32],
-    scores: &'a mut [Scores],
-    running: &'a mut [Running],
+    pub(super) sums: &'a mut [f32],
+    pub(super) scores: &'a mut [Scores],
+    pub(super) running: &'a mut [Running],
     /// First key of the block that a row sees, and the first after those.
-    seen: &'a [(usize, usize)],
-    slopes: &'a [f32],
+    pub(super) seen: &'a [(usize, usize)],
+    pub(super) slopes: &'a [f32],
 }
 
-impl<T: Tier, E: Element> Job<'_, T, E> {
+impl<'a, T: Tier, E: Element> Job<'a, T, E> {
+    fn new(tier: T, call: &'a Call<'a>, task: &'a Task) -> Self {
+        let job = Self {
+            tier,
+            call,
+            task,
+            keys: call.cache.keys::<E>(task.kv_head),
+            values: call.cache.values::<E>(task.kv_head),
+            scales: call.cache.scales(task.kv_head),
+            dim: call.shape.head_dim,
+            padded: call.cache.padded_dim(),
+        };
+        assert!(job.rows() <= TASK_ROWS, "{} rows of a task", job.rows());
+        job
+    }
+
+    /// Queries times heads.
+    pub(super) fn rows(&self) -> usize {
+        self.task.queries.len() * self.task.heads.len()
+    }
+
+    /// The query and the head of a row.
+    pub(super) fn place(&self, row: usize) -> (usize, usize) {
+        let heads = self.task.heads.len();
+        (self.task.queries.start + row / heads, self.task.heads.start + row % heads)
+    }
+
+    /// The rows in parts that a panel takes together.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Range<usize>> + use<T, E> {
+        let rows = self.rows();
+        let parts = rows.div_ceil(T::ROWS);
+        (0..parts).map(move |part| rows * part / parts..rows * (part + 1) / parts)
+    }
+
+    /// Writes the scaled queries, `padded` apart.
+    pub(super) fn queries(&self, queries: &mut [f32]) {
+        for row in 0..self.rows() {
+            let (query, head) = self.place(row);
+            let source = &self.call.q[query * self.call.q_stride + head * self.dim..][..self.dim];
+            let target = &mut queries[row * self.padded..][..self.dim];
+            target.copy_from_slice(source);
+            self.tier.run(Scale(target, self.call.shape.scale));
+        }
+    }
+
+    /// Positions that any query sees: what the first one sees starts first, what the last one sees ends last.
+    pub(super) fn all_seen(&self) -> Range<usize> {
+        self.seen(self.task.queries.start).start..self.seen(self.task.queries.end - 1).end
+    }
+
+    /// What the rows of a part see of the block of keys that begins at position `start`.
+    pub(super) fn sight(&self, part: &Range<usize>, start: usize) -> Sight {
+        let (mut seen, mut slopes) = ([(0, 0); MAX_ROWS], [0.0; MAX_ROWS]);
+        for ((row, seen), slope) in part.clone().zip(&mut seen).zip(&mut slopes) {
+            let (query, head) = self.place(row);
+            let all = self.seen(query);
+            *seen =
+                (all.start.clamp(start, start + KEYS) - start, all.end.clamp(start, start + KEYS) - start);
+            *slope = self.call.shape.alibi.map_or(0.0, |slopes| slopes[head]);
+        }
+        (seen, slopes)
+    }
+
     /// The positions that query number `query` of the call sees.
     fn seen(&self, query: usize) -> Range<usize> {
         let end = self.call.past + query + 1;
         self.call.shape.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
-    /// Takes the rows through the block of keys that begins at position `start`.
-    fn block(&self, start: usize, mut rows: Rows<'_>) {
+    /// Brings the rows' running softmax past the block of keys that begins at position `start`, and leaves weights relative
+    /// to the largest score so far in the place of scores. Says whether any row sees any of the keys.
+    pub(super) fn weigh(&self, start: usize, rows: &mut Rows<'_>) -> bool {
         let some = |&&(from, to): &&(usize, usize)| from < to;
-        let Some(from) = rows.seen.iter().filter(some).map(|seen| seen.0).min() else { return };
+        let Some(from) = rows.seen.iter().filter(some).map(|seen| seen.0).min() else { return false };
         let to = rows.seen.iter().filter(some).map(|seen| seen.1).max().unwrap_or(from);
-        self.scores(start, from..to, &mut rows);
-        let Rows { sums, scores, running, seen, slopes, .. } = rows;
+        self.scores(start, from..to, rows);
+        let Rows { scores, running, seen, slopes, .. } = rows;
         for (i, &(from, to)) in seen.iter().enumerate() {
             if from == to {
                 continue;
@@ -208,6 +249,15 @@ impl<T: Tier, E: Element> Job<'_, T, E> {
             scores[to..].fill(f32::NEG_INFINITY);
         }
         self.tier.run(Weigh { scores, running, seen });
+        true
+    }
+
+    /// Takes the rows through the block of keys that begins at position `start`.
+    fn block(&self, start: usize, mut rows: Rows<'_>) {
+        if !self.weigh(start, &mut rows) {
+            return;
+        }
+        let Rows { sums, scores, running, seen, .. } = rows;
         for (i, running) in running.iter().enumerate() {
             // Exactly 1 as long as the largest score stays: then there is nothing to do.
             if seen[i].0 < seen[i].1 && running.fade.to_bits() != 1.0f32.to_bits() {

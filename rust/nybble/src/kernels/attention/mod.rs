@@ -20,6 +20,7 @@
 
 mod block;
 mod cache;
+mod log2;
 mod softmax;
 
 use std::ops::Range;
@@ -67,6 +68,8 @@ pub struct Shape<'a> {
     pub alibi: Option<&'a [f32]>,
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// Softmax outputs become powers of two with 4-bit exponents, see `attention/log2.rs`.
+    pub log2: bool,
 }
 
 /// Attention of one tier.
@@ -206,7 +209,7 @@ pub fn attend(
     let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
     let spans = first / SPAN..cache.len().div_ceil(SPAN);
     let Cut { heads, queries, spans: span_pieces } =
-        cut(pool.threads(), shape.kv_heads, group, n, spans.len());
+        cut(pool.threads(), shape.kv_heads, group, n, if shape.log2 { 1 } else { spans.len() });
     let pieces = group.div_ceil(heads);
     let blocks = n.div_ceil(queries);
     let parts = shape.kv_heads * pieces * span_pieces;

@@ -1,0 +1,93 @@
+//! The `nybble` section of a configuration: how a model is to be run, beyond what other programs know.
+//!
+//! ```text
+//! "nybble": {"version": 1, "created_by": "nybble 0.1.0", "run": {"softmax": "log2"}}
+//! ```
+//!
+//! A key of `run` that is not known here changes results in a way that cannot be guessed, so it is refused by name.
+
+use serde_json::{Map, Value};
+
+use super::config::brief;
+use crate::error::{Error, Result};
+
+const FILE: &str = "config.json: nybble";
+
+/// The newest version of the section that is read.
+const VERSION: u64 = 1;
+
+/// How a model is run.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Settings {
+    /// Softmax outputs are powers of two with 4-bit exponents.
+    pub log2_softmax: bool,
+}
+
+impl Settings {
+    /// Reads the section of a configuration; all defaults where there is none.
+    pub fn read(config: &Value) -> Result<Self> {
+        let section = match config.get("nybble") {
+            None | Some(Value::Null) => return Ok(Self::default()),
+            Some(Value::Object(section)) => section,
+            Some(other) => return Err(Error::format(FILE, "section", "an object", brief(other))),
+        };
+        match section.get("version").map(Value::as_u64) {
+            Some(Some(1..=VERSION)) => {}
+            found => {
+                let found = found.flatten().map_or("no whole number".into(), |n| n.to_string());
+                return Err(Error::unsupported(
+                    format!("{FILE}: version {found}"),
+                    format!("{VERSION} is read; a newer nybble may have made the folder"),
+                ));
+            }
+        }
+        let mut settings = Self::default();
+        let nothing = Map::new();
+        let run = match section.get("run") {
+            None | Some(Value::Null) => &nothing,
+            Some(Value::Object(run)) => run,
+            Some(other) => return Err(Error::format(FILE, "run", "an object", brief(other))),
+        };
+        for (key, value) in run {
+            match (key.as_str(), value.as_str()) {
+                ("softmax", Some("exact")) => settings.log2_softmax = false,
+                ("softmax", Some("log2")) => settings.log2_softmax = true,
+                ("softmax", _) => {
+                    return Err(Error::format(FILE, "run.softmax", "\"exact\" or \"log2\"", brief(value)));
+                }
+                _ => {
+                    let detail = "softmax is read; a newer nybble may have made the folder";
+                    return Err(Error::unsupported(format!("{FILE}: run.{key}"), detail));
+                }
+            }
+        }
+        Ok(settings)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn sections_are_read_strictly() {
+        let read = |section: Value| Settings::read(&json!({"nybble": section}));
+        assert_eq!(Settings::read(&json!({})).expect("none"), Settings::default());
+        assert_eq!(read(Value::Null).expect("none"), Settings::default());
+        assert_eq!(read(json!({"version": 1, "created_by": "x"})).expect("good"), Settings::default());
+        assert!(read(json!({"version": 1, "run": {"softmax": "log2"}})).expect("good").log2_softmax);
+        for (section, word) in [
+            (json!(3), "an object"),
+            (json!({}), "version"),
+            (json!({"version": 2}), "newer"),
+            (json!({"version": 1, "run": []}), "run"),
+            (json!({"version": 1, "run": {"softmax": 2}}), "softmax"),
+            (json!({"version": 1, "run": {"sotfmax": "log2"}}), "sotfmax"),
+        ] {
+            let message = read(section).expect_err(word).to_string();
+            assert!(message.contains(word), "{message}");
+        }
+    }
+}
