@@ -64,7 +64,7 @@ def test_every_verb_has_help(run):
         ["chat", "model", "-n", "0"],
         ["compress", "model"],
         ["compress", "model", "--out", "x", "--weights", "5"],
-        ["compress", "model", "--out", "x", "--activations", "4"],
+        ["compress", "model", "--out", "x", "--activations", "5"],
         ["compress", "model", "--out", "x", "--group", "33"],
         ["eval", "model"],
         ["eval", "model", "--text", "x", "--context", "1"],

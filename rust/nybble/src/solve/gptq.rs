@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_later_column_makes_up_for_an_earlier_one() {
-        // Two inputs that are nearly the same: U = [[1, 1], [0, 1]]. The grid of [1, 0.4, ..] symmetric over 7 steps...
+        // Seven steps of about 1 each; what column 1 loses, column 2 can make up for.
         let mut w = vec![0.0; 32];
         (w[0], w[1], w[2]) = (7.0, 1.4, 2.0);
         let mut factor = identity(32);
