@@ -46,18 +46,11 @@ class Gptq(Quantizer):
     perplexity from 13.7 to 12.3 % with 8192 tokens of calibration and from 9.7 to 9.4 % with 24576,
     where three times the tokens do more for less time.
 
-    Tried and lost, on that model (groups of 64 and 128, 4096 tokens of WikiText-2, differences below
-    1 % are noise): damping of 0.1 (13.8 % with 24576 tokens) or by the median of the diagonal
-    (11.1 %); counting tokens of massive activations less (16.4 % with 8192 tokens, from
-    13.7); rounding again by coordinate descent with scales refitted in ``H``, which takes 8 % off a
-    layer's squared error and nothing off the perplexity.
-
-    What differs: a group's grid is the one of least squared error, each weight's counted by
-    ``1 / diag((H + lambda)^-1)``, which is what it costs when the others make up for it, and with
-    zero points in sixteenths where the scheme has them; not the plain range. With ``act_order``
-    groups are found before the columns are put into their order, so that the run time needs no
-    index. A ``H`` that is singular to working precision is damped ten times as much until it is
-    not, which the report notes. Embeddings and heads are not calibrated and are rounded to nearest.
+    Tried and lost, on that model (groups of 64 and 128, 4096 tokens of WikiText-2, where
+    differences below 1 % are noise): damping of 0.1 (13.8 % with 24576 tokens) or by the median of
+    the diagonal (11.1 %); counting tokens of massive activations less (16.4 % with 8192 tokens,
+    from 13.7); rounding again by coordinate descent with scales refitted in ``H``, which takes 8 %
+    off a layer's squared error and nothing off the perplexity.
 
     Parameters
     ----------
