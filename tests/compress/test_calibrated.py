@@ -16,6 +16,9 @@ from nybble.compress.recipe import read, shipped
 from nybble.errors import ArgumentError, ConfigError, FormatError
 from tiny import byte_level_tokenizer, write_llama, write_tokenizer
 
+# Seconds alone; whole compressions with torch, on a machine that others may be using.
+pytestmark = pytest.mark.timeout(180)
+
 TEXT = "the cat sat on the mat. a small model runs fast on the CPU. hello world 123\n"
 SMALL = {"tokens": 512, "context": 64}
 GPTQ = {"weights": {"method": "gptq", "group": 32}, "calibration": SMALL}
