@@ -54,6 +54,22 @@ def test_trip_minimises_the_error_of_its_own_rounding():
     assert np.array_equal(np.log2(factors), np.round(np.log2(factors)))
 
 
+def test_trip_leaves_alone_what_weights_would_pay_for():
+    rng = np.random.default_rng(7)
+    inputs = rng.uniform(-1, 1, (500, 64))
+    inputs[:, ::3] *= 2
+    weights = [rng.standard_normal((50, 64)).astype(np.float32)]
+    pair, stats = norm_pair(64), stats_of(inputs)
+    alone = Trip().factors(pair, [], stats, Scheme(4, 64))
+    assert (alone != 1).any()
+    # With 8-bit inputs the 4-bit weights are what is lost; with 8-bit weights and 4-bit inputs that
+    # have one far outlier it is the inputs.
+    assert (Trip().factors(pair, weights, stats, Scheme(4, 64, activations=8)) == 1).all()
+    inputs[:, 5] *= 30
+    scheme = Scheme(8, 64, symmetric=True, activations=4)
+    assert Trip().factors(pair, weights, stats_of(inputs), scheme)[5] == 8
+
+
 def test_shared_channels_get_one_factor():
     # Two query heads read one value head of three channels.
     columns = np.array([0, 1, 2, 0, 1, 2])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nybble.quant.base import Floats, Scheme, within
-from nybble.quant.fold import Fold, Pair
+from nybble.quant.fold import Fold, Pair, rounded_by_range
 
 if TYPE_CHECKING:
     from nybble.calibrate.stats import InputStats
@@ -63,26 +63,8 @@ class Awq(Fold):
             scale = candidate[pair.columns].astype(np.float32)
             error = 0.0
             for weight in weights:
-                off = _rounded(weight * scale, scheme) / scale - weight
+                off = rounded_by_range(weight * scale, scheme) / scale - weight
                 error += float(np.vdot(off @ gram, off))
             if error < least:
                 best, least = candidate, error
         return best
-
-
-def _rounded(weights: Floats, scheme: Scheme) -> Floats:
-    """Return weights rounded by the plain range of their groups."""
-    rows, cols = weights.shape
-    groups = weights.reshape(rows, scheme.groups(cols), -1)
-    top = 2**scheme.bits - 1
-    if scheme.symmetric:
-        scale = np.abs(groups).max(axis=-1, keepdims=True) / (top // 2)
-        scale[scale == 0] = 1
-        low: Any = -(top // 2 + 1)
-        codes = np.clip(np.round(groups / scale), low, top // 2)
-        return np.asarray(codes * scale, dtype=np.float32).reshape(rows, cols)
-    low = np.minimum(groups.min(axis=-1, keepdims=True), 0)
-    scale = (np.maximum(groups.max(axis=-1, keepdims=True), 0) - low) / top
-    scale[scale == 0] = 1
-    codes = np.round((groups - low) / scale)
-    return np.asarray(codes * scale + low, dtype=np.float32).reshape(rows, cols)

@@ -33,7 +33,7 @@ from nybble.quant.base import Floats, Scheme
 if TYPE_CHECKING:
     from nybble.calibrate.stats import InputStats
 
-__all__ = ["KINDS", "Fold", "LayerTensors", "Pair", "pairs", "rescale"]
+__all__ = ["KINDS", "Fold", "LayerTensors", "Pair", "pairs", "rescale", "rounded_by_range"]
 
 KINDS = ("norm", "value", "mlp")
 """Kinds of pairs, see the module."""
@@ -211,3 +211,21 @@ class Fold(ABC):
         scheme
             How the consumers are going to be rounded.
         """
+
+
+def rounded_by_range(weights: Floats, scheme: Scheme) -> Floats:
+    """Return weights rounded by the plain range of their groups."""
+    rows, cols = weights.shape
+    groups = weights.reshape(rows, scheme.groups(cols), -1)
+    top = 2**scheme.bits - 1
+    if scheme.symmetric:
+        scale = np.abs(groups).max(axis=-1, keepdims=True) / (top // 2)
+        scale[scale == 0] = 1
+        low: Any = -(top // 2 + 1)
+        codes = np.clip(np.round(groups / scale), low, top // 2)
+        return np.asarray(codes * scale, dtype=np.float32).reshape(rows, cols)
+    low = np.minimum(groups.min(axis=-1, keepdims=True), 0)
+    scale = (np.maximum(groups.max(axis=-1, keepdims=True), 0) - low) / top
+    scale[scale == 0] = 1
+    codes = np.round((groups - low) / scale)
+    return np.asarray(codes * scale + low, dtype=np.float32).reshape(rows, cols)

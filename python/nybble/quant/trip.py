@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nybble.quant.base import Floats, Scheme, within
-from nybble.quant.fold import Fold, Pair
+from nybble.quant.fold import Fold, Pair, rounded_by_range
 
 if TYPE_CHECKING:
     from nybble.calibrate.stats import InputStats
@@ -36,7 +36,11 @@ class Trip(Fold):
     Channel ``c`` is divided by ``2^(a_c)`` where it is made and its columns are multiplied by it
     where it is read, which is exact.
 
-    Defaults: ``K = 3`` as in FQ-ViT; the paper names no number.
+    Defaults: ``K`` up to 3, FQ-ViT's; the paper names no number and says that fewer outliers need
+    less. Of ``0..K`` that greatest exponent is taken with which the outputs' error is least, of
+    rounded inputs and rounded weights together: wide factors side by side in a group of weights
+    cost those more than 8-bit inputs gain. Always ``K = 3`` took a model of 135M parameters from
+    9.8 to 25.8 % above the perplexity of float, and 8-bit inputs without a fold to 10.5 %.
 
     What differs: the factors go into the producer as well as into the weights, so the run time
     divides nothing (the paper multiplies them into the weights and keeps the steps apart); steps
@@ -58,18 +62,29 @@ class Trip(Fold):
     def factors(
         self,
         pair: Pair,
-        weights: Sequence[Floats],  # not looked at
+        weights: Sequence[Floats],
         inputs: InputStats,
         scheme: Scheme,
     ) -> npt.NDArray[Any]:
         """Return ``2^(a_c)``; see :meth:`nybble.quant.fold.Fold.factors`."""
+        greatest = range(self.exponents + 1) if weights else (self.exponents,)
+        candidates = [self._factors(pair, inputs, scheme, most) for most in greatest]
+        if len(candidates) == 1:
+            return candidates[0]
+        losses = [_loss(factors[pair.columns], weights, inputs, scheme) for factors in candidates]
+        return candidates[int(np.argmin(losses))]
+
+    def _factors(
+        self, pair: Pair, inputs: InputStats, scheme: Scheme, greatest: int
+    ) -> npt.NDArray[Any]:
+        """Search the exponents up to the greatest one."""
         top = 2 ** (scheme.activations - 1) - 1
-        finest = float(inputs.largest.max()) / top / 2**self.exponents
+        finest = float(inputs.largest.max()) / top / 2**greatest
         if finest <= 0:
             return np.ones(len(pair.rows))
         sample = inputs.sample.astype(np.float64)
         errors = []
-        for exponent in range(self.exponents + 1):
+        for exponent in range(greatest + 1):
             step = finest * 2**exponent
             rounded = np.clip(np.round(sample / step), -top, top) * step
             errors.append(pair.merged(np.square(sample - rounded).sum(axis=0), np.add))
@@ -77,3 +92,24 @@ class Trip(Fold):
         commonest = int(np.bincount(best).argmax())
         factors: npt.NDArray[Any] = np.exp2(best - commonest)
         return factors
+
+
+def _loss(
+    factors: npt.NDArray[Any], weights: Sequence[Floats], inputs: InputStats, scheme: Scheme
+) -> float:
+    """Estimate the squared error of the outputs: of rounded inputs, and of rounded weights."""
+    sample = (inputs.sample / factors).astype(np.float32)
+    rows, cols = sample.shape
+    whole = scheme.strategy == "token" or scheme.group is None
+    groups = sample.reshape(rows, 1 if whole else scheme.groups(cols), -1)
+    steps = np.abs(groups).max(axis=-1, keepdims=True) / (2 ** (scheme.activations - 1) - 1)
+    steps[steps == 0] = 1
+    off = np.square(groups - np.round(groups / steps) * steps).reshape(rows, cols).mean(axis=0)
+    size = np.square(sample, dtype=np.float64).mean(axis=0)
+    loss = 0.0
+    for weight in weights:
+        scaled = (weight * factors).astype(np.float32)
+        loss += float(off @ np.square(scaled, dtype=np.float64).sum(axis=0))
+        lost = np.square(scaled - rounded_by_range(scaled, scheme), dtype=np.float64)
+        loss += float(size @ lost.sum(axis=0))
+    return loss
