@@ -99,8 +99,8 @@ def test_some_rows_have_four_bits_from_a_layer_on(folders):
     session = model.session(tokens=policy)
     found = session.forward(tokens, "all", prompt=True)  # nothing is dropped: all rows are there
     assert session.layer_tokens == [100] * 4
-    # One code at a tie changes all that follows a little, and rounding to 4 bits makes much of it. So
-    # not the logits are compared, but which rows are off, and by how much.
+    # One code at a tie changes all that follows a little, and rounding to 4 bits makes much of
+    # it. So not the logits are compared, but which rows are off, and by how much.
     plain = Rounded(floats, policy)
     expected = np.abs(plain.forward(tokens) - Rounded(floats, TokenPolicy(0.0)).forward(tokens))
     off = np.abs(found - model.forward(tokens)).mean(axis=1)

@@ -212,6 +212,7 @@ def _identity(model: "LanguageModel") -> dict[str, Any]:
         "n_threads": info["threads"],
         "type_k": info["kv_type"],
         "type_v": info["kv_type"],
+        "token_policy": info["tokens"],
         "weight_bytes_per_token": _bytes_per_token(info["weight_bytes"], plan, parts),
     }
 

@@ -12,6 +12,7 @@ def methods(as_json: options.Json = False) -> None:
     from nybble.cli import output
 
     found = [describe(name, cls, "quantization") for name, cls in _quantizers()]
+    found += [describe(name, cls, "token reduction") for name, cls in _token_methods()]
     recipes = _recipes()
     if as_json:
         output.emit_json({"methods": found, "recipes": recipes})
@@ -69,5 +70,11 @@ def _recipes() -> list[dict[str, str]]:
 
 def _quantizers() -> list[tuple[str, type[Any]]]:
     from nybble.quant import METHODS
+
+    return list(METHODS.items())
+
+
+def _token_methods() -> list[tuple[str, type[Any]]]:
+    from nybble.tokens import METHODS
 
     return list(METHODS.items())

@@ -299,6 +299,8 @@ def _config(source: dict[str, Any], work: Plan, recipe: Recipe) -> dict[str, Any
     if section is not None:
         config["quantization_config"] = section
     config["nybble"] = {"version": SECTION_VERSION, "created_by": f"nybble {_nybble.version()}"}
+    if recipe.tokens is not None:
+        config["nybble"]["run"] = {"tokens": dict(recipe.tokens)}
     return config
 
 

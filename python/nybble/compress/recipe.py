@@ -8,6 +8,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     head: {bits: 8, group: 32, symmetric: true}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
+    tokens: {name: agile_quant, beta: 0.2}
 
 Every key may be left out. Options given beside a recipe take the place of what it says. A key that
 is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
@@ -17,6 +18,10 @@ and a regular expression for the whole path; they stay in 16 bits. ``floats`` sa
 matrices are written that stay floats: ``auto`` keeps 16-bit types and writes float32 as bfloat16
 and what a GGUF file had quantized as float16; ``bf16`` and ``f16`` force one. Vectors (norms,
 biases) keep 32 bits if they had them.
+
+``tokens`` says which tokens of prompts are left out when the model runs: the keys of
+:class:`nybble.tokens.TokenPolicy`, or the name and the settings of a method in
+:data:`nybble.tokens.METHODS`. It changes no weight.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
@@ -37,6 +42,7 @@ from nybble.quant import METHODS
 from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.registry import unknown
 from nybble.runtime.files import read_text
+from nybble.tokens import settings
 
 __all__ = ["Activations", "Matrix", "Recipe", "Weights", "read", "shipped"]
 
@@ -173,8 +179,11 @@ class Recipe:
     head: Matrix = field(default_factory=Matrix)
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
+    tokens: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", _tokens(self.tokens))
         _check("floats", self.floats, ("auto", "bf16", "f16"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
 
@@ -331,6 +340,18 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
         made["ignore"] = tuple(patterns)
     recipe: Recipe = _make(Recipe, made, "recipe")
     return recipe
+
+
+def _tokens(values: object) -> dict[str, Any] | None:
+    """Return the settings by which the run-time reduces tokens."""
+    if not isinstance(values, Mapping):
+        message = f"recipe: tokens: expected a mapping, found {values!r:.60}"
+        raise ConfigError(message)
+    try:
+        return settings(values)
+    except ArgumentError as error:
+        message = f"recipe: {error}"
+        raise ConfigError(message) from None
 
 
 def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:

@@ -38,7 +38,8 @@ class TokenPolicy:
     layers
         The pruning layers, ascending; ``None`` for six (in small models fewer), an eighth of the
         depth apart, from a quarter of it on. A layer's own keys and values are complete; its
-        feed-forward part and all deeper layers do without what it drops.
+        feed-forward part and all deeper layers do without what it drops, so in the last layer there
+        is next to nothing to gain.
     positions
         Of the tokens that stay: ``"kept"`` as in the text, or ``"renumbered"`` in each layer.
         Models with ALiBi or sliding windows need the latter.

@@ -15,12 +15,12 @@ pub fn kept(n: usize, ratio: f64, step: usize, steps: usize) -> usize {
 
 /// The pruning layers of a model of `depth` layers where none are named: from a quarter of the depth on, an eighth apart.
 ///
-/// The first layers are spared: their attention is to neighbours, and says nothing about a token's worth yet. The last eighth
-/// has none, for little is left to be saved behind it.
+/// The first layers are spared: their attention is to neighbours, and says nothing about a token's worth yet. Behind the last
+/// layer there is nothing to be saved. A model of two layers has only the first to prune in, one of one layer none.
 pub fn default_layers(depth: usize) -> Vec<usize> {
-    let mut layers: Vec<usize> = (2..8).map(|eighth| (depth * eighth / 8).max(1)).collect();
+    let Some(latest) = depth.checked_sub(2) else { return Vec::new() };
+    let mut layers: Vec<usize> = (2..8).map(|eighth| (depth * eighth / 8).max(1).min(latest)).collect();
     layers.dedup();
-    layers.retain(|layer| *layer < depth);
     layers
 }
 
@@ -50,13 +50,12 @@ mod tests {
     fn layers_are_inside_and_not_first() {
         assert_eq!(default_layers(30), [7, 11, 15, 18, 22, 26]);
         assert_eq!(default_layers(12), [3, 4, 6, 7, 9, 10]);
-        assert_eq!(default_layers(2), [1]);
+        assert_eq!((default_layers(3), default_layers(2)), (vec![1], vec![0]));
         assert!(default_layers(1).is_empty() && default_layers(0).is_empty());
-        for depth in 0..100 {
+        for depth in 3..100 {
             let layers = default_layers(depth);
-            assert!(
-                layers.is_sorted_by(|a, b| a < b) && layers.iter().all(|layer| (1..depth).contains(layer))
-            );
+            assert!(layers.is_sorted_by(|a, b| a < b), "{layers:?}");
+            assert!(layers.iter().all(|layer| (1..depth - 1).contains(layer)), "{layers:?} of {depth}");
         }
     }
 }
