@@ -33,8 +33,8 @@ class AgileQuant(TokenMethod):
     ----------
     beta
         Share of the tokens gone (or in 4 bits) after the last pruning layer. The released code
-        ships with 0, the paper's tables do not name one; 0.2 is on the mild side of what was
-        measured here.
+        ships with 0, the paper's tables do not name one; 0.2 is on the mild side of what is
+        measured below.
     layers
         Pruning layers; ``None`` for those of :class:`~nybble.tokens.TokenPolicy`. The paper: not
         the first ones, whose attention is local.
@@ -51,9 +51,21 @@ class AgileQuant(TokenMethod):
     activations are rounded dynamically, not with static per-channel ranges. The 4-bit tokens run in
     the 8-bit kernel: the split is for accuracy studies and saves no time.
 
-    The paper's claim that pruning lowers the perplexity does not hold: its evaluator leaves out the
-    labels of pruned tokens. Measured on the same unpruned continuation it raises the loss; see
-    below for by how much beside chance.
+    What it costs: the paper's claim that pruning lowers the perplexity does not hold, for its
+    evaluator leaves out the labels of pruned tokens. Measured on the same unpruned tokens behind
+    the prompt, the start-token criterion is worse than chance where little is pruned. SmolLM2-135M
+    (4-bit weights, 8-bit activations), WikiText-2, 24 prompts of 512 tokens and the 128 behind
+    each, kept positions; nats a token above the 2.781 without pruning, by the share of token-layers
+    that is saved (``beta`` 0.231, 0.443, 0.630, 0.909)::
+
+        saved       10 %      20 %      30 %      50 %
+        start      +0.081    +0.163    +0.237    +0.447
+        random     +0.052    +0.124    +0.215    +0.491
+        received   +0.058    +0.128    +0.190    +0.324
+
+    Beside random the start token's differences are +0.029 +- 0.009, +0.039 +- 0.014, +0.022 +-
+    0.026 and -0.044 +- 0.030 (standard errors over the prompts). Renumbered positions cost 0.01 to
+    0.03 more than kept ones.
     """
 
     beta: float = 0.2
