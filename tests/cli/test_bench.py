@@ -18,7 +18,7 @@ FIELDS = {
     *("model_size", "model_n_params", "weight_scheme", "n_batch", "n_threads", "type_k", "type_v"),
     *("n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts"),
     *("samples_ns", "samples_ts", "ttft_ms", "sparsity", "draft", "accepted_per_step", "peak_rss"),
-    *("memory_bandwidth", "bandwidth_share", "weight_bytes_per_token"),
+    *("memory_bandwidth", "bandwidth_share", "weight_bytes_per_token", "token_policy"),
 }
 
 

@@ -67,12 +67,12 @@ def test_the_prompt_is_one_pass(tiny):
         def truncate(self, n):
             self.session.truncate(n)
 
-        def forward(self, ids, want):
-            passes.append((len(ids), want))
-            return self.session.forward(ids, want)
+        def forward(self, ids, want, *, prompt=False):
+            passes.append((len(ids), want, prompt))
+            return self.session.forward(ids, want, prompt=prompt)
 
     continuation(tiny, TEXT, prompt_tokens=300, context=500, max_tokens=500, session=Watched())
-    assert passes == [(300, "last"), (128, "all"), (71, "all")]
+    assert passes == [(300, "last", True), (128, "all", False), (71, "all", False)]
 
 
 def test_every_token_is_predicted_once(tiny):

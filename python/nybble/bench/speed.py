@@ -178,7 +178,7 @@ def _run(
     if test.prompt:
         tokens = trace[test.depth : test.depth + test.prompt]
         start = time.perf_counter_ns()
-        forward(tokens, "last")
+        forward(tokens, "last", True)
         return time.perf_counter_ns() - start
     count = min(test.gen, _WARM_TOKENS) if warm_up else test.gen
     steps = [trace[test.depth + i : test.depth + i + 1] for i in range(count)]
@@ -212,6 +212,7 @@ def _identity(model: "LanguageModel") -> dict[str, Any]:
         "n_threads": info["threads"],
         "type_k": info["kv_type"],
         "type_v": info["kv_type"],
+        "token_policy": info["tokens"],
         "weight_bytes_per_token": _bytes_per_token(info["weight_bytes"], plan, parts),
     }
 

@@ -74,6 +74,8 @@ def bench(
     ] = "0",
     threads: options.Threads = None,
     kv: options.Kv = None,
+    prune_tokens: options.PruneTokens = None,
+    prune_by: options.PruneBy = options.Criterion.START,
     output_format: Annotated[
         str | None,
         typer.Option(
@@ -110,7 +112,8 @@ def bench(
     if machine.reset_peak_rss():  # else the buffer it reads would count as the model's memory
         before = bandwidth(threads)
         machine.reset_peak_rss()
-    language_model = nybble.load(path, threads, kv=kv)
+    tokens = options.token_policy(prune_tokens, prune_by)
+    language_model = nybble.load(path, threads, kv=kv, tokens=tokens)
     with output.token_bar("bench", on=not quiet, unit="run") as bar:
         records = measure(
             language_model,

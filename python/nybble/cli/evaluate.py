@@ -113,6 +113,8 @@ def evaluate(
     ] = None,
     threads: options.Threads = None,
     kv: options.Kv = None,
+    prune_tokens: options.PruneTokens = None,
+    prune_by: options.PruneBy = options.Criterion.START,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -128,6 +130,7 @@ def evaluate(
     from nybble.eval.compare import compare as measure
     from nybble.eval.plot import check, draw
     from nybble.eval.tasks import find, locate
+    from nybble.tokens import TokenPolicy
 
     if len(models) > 1 and not compare:
         msg = "several models need --compare."
@@ -139,6 +142,10 @@ def evaluate(
     if data is not None and len(tasks or []) != 1:
         msg = "the file of one task: exactly one --task must be given with it."
         raise typer.BadParameter(msg, param_hint="--data")
+    policy = options.token_policy(prune_tokens, prune_by)
+    if prune_tokens and not tasks and prompt_tokens < (least := TokenPolicy.min_prompt):
+        msg = f"only prompts are pruned: needs --prompt-tokens of at least {least}."
+        raise typer.BadParameter(msg, param_hint="--prune-tokens")
     if text is None and (reference is not None or not tasks):
         text = _known_text() if compare else None
         if text is None:
@@ -171,6 +178,7 @@ def evaluate(
             limit=limit,
             threads=threads,
             kv=kv,
+            tokens=policy,
             on_step=progress.step,
         )
     if as_json:

@@ -74,11 +74,16 @@ def _recipes() -> list[dict[str, str]]:
 
 def _needs(cls: type[Any], kind: str) -> list[str]:
     """Name what it takes besides the weights; a fold looks at activations, if only their ranges."""
-    return ["calibration text", "torch"] if kind == "fold" or cls().needs else []
+    calibrated = kind == "fold" or (kind == "quantization" and cls().needs)
+    return ["calibration text", "torch"] if calibrated else []
 
 
 def _known() -> list[tuple[str, str, type[Any]]]:
-    from nybble.quant import FOLDS, METHODS
+    from nybble import quant, tokens
 
-    families = (("quantization", METHODS), ("fold", FOLDS))
+    families = (
+        ("quantization", quant.METHODS),
+        ("fold", quant.FOLDS),
+        ("token reduction", tokens.METHODS),
+    )
     return [(kind, name, cls) for kind, known in families for name, cls in known.items()]

@@ -3,9 +3,12 @@
 import enum
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from nybble.tokens import TokenPolicy
 
 
 def _finite(value: float | None) -> float | None:
@@ -13,6 +16,21 @@ def _finite(value: float | None) -> float | None:
         msg = f"{value} is not a finite number."
         raise typer.BadParameter(msg)
     return value
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < 1:
+        msg = f"{value} is not a share of at least 0 and below 1."
+        raise typer.BadParameter(msg)
+    return value
+
+
+class Criterion(str, enum.Enum):
+    """By what tokens of prompts may be chosen."""
+
+    START = "start"
+    RECEIVED = "received"
+    RANDOM = "random"
 
 
 class KvType(str, enum.Enum):
@@ -125,6 +143,37 @@ Seed = Annotated[
         show_default=False,
     ),
 ]
+
+PruneTokens = Annotated[
+    float | None,
+    typer.Option(
+        "--prune-tokens",
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+        callback=_share,
+        help="Leave out tokens of prompts layer by layer, until this share of them (below 1) is "
+        "gone; 0 also turns off what the folder says. Lossy.",
+        show_default=False,
+    ),
+]
+PruneBy = Annotated[
+    Criterion,
+    typer.Option(
+        "--prune-by",
+        help="With --prune-tokens, leave out those that give the first token the least attention "
+        "(start), that get the least (received), or any.",
+    ),
+]
+
+
+def token_policy(share: float | None, by: Criterion) -> "TokenPolicy | str | None":
+    """Return what --prune-tokens and --prune-by mean to ``nybble.load``."""
+    from nybble.tokens import TokenPolicy
+
+    if not share:
+        return None if share is None else "off"
+    return TokenPolicy(share, by.value)
 
 
 def open_path(source: str) -> Path:

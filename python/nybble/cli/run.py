@@ -61,6 +61,8 @@ def run(
     context: options.ContextLimit = None,
     threads: options.Threads = None,
     kv: options.Kv = None,
+    prune_tokens: options.PruneTokens = None,
+    prune_by: options.PruneBy = options.Criterion.START,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -80,7 +82,10 @@ def run(
         raise typer.BadParameter(msg, param_hint="--stop")
     text = sampling.read_prompt() if prompt == "-" else prompt
     choice = sampling.Choice(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-    language_model = nybble.load(options.open_path(model), threads, context=context, kv=kv)
+    tokens = options.token_policy(prune_tokens, prune_by)
+    language_model = nybble.load(
+        options.open_path(model), threads, context=context, kv=kv, tokens=tokens
+    )
     settings = {**choice.settings(), "stop": stop or ()}
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []

@@ -79,6 +79,9 @@ def summary(generation: "Generation", choice: Choice) -> str:
     reused = generation.prompt_tokens - metrics["prefill_tokens"]
     if reused > 0 and metrics["prefill_tokens"]:
         prompt += f" ({reused} kept)"
+    layers = metrics["layer_tokens"]
+    if layers and min(layers) < max(layers):
+        prompt += f" ({min(layers)} of {max(layers)} left in the last layers)"
     parts = [
         f"{prompt} at {output.rate(speed['prefill_tokens_per_second'])}",
         f"{len(generation.tokens)} new at {output.rate(speed['decode_tokens_per_second'])}",

@@ -11,6 +11,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
     softmax: exact
+    tokens: {name: agile_quant, beta: 0.2}
 
 Every key may be left out. Options given beside a recipe take the place of what it says. A key that
 is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
@@ -28,6 +29,10 @@ the recipe.
 
 ``softmax: log2`` makes attention weigh with powers of two of 4-bit exponents while running, as
 Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here.
+
+``tokens`` says which tokens of prompts are left out when the model runs: the keys of
+:class:`nybble.tokens.TokenPolicy`, or the name and the settings of a method in
+:data:`nybble.tokens.METHODS`. It changes no weight.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
@@ -49,6 +54,7 @@ from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
 from nybble.registry import Registry, unknown
 from nybble.runtime.files import read_text
+from nybble.tokens import settings
 
 __all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
 
@@ -211,8 +217,11 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
     softmax: str = "exact"
+    tokens: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", _tokens(self.tokens))
         _check("floats", self.floats, ("auto", "bf16", "f16"))
         _check("softmax", self.softmax, ("exact", "log2"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
@@ -277,7 +286,12 @@ class Recipe:
 
     def run_settings(self) -> dict[str, Any]:
         """Return what the folder says about running beyond its tensors; empty for the usual."""
-        return {} if self.softmax == "exact" else {"softmax": self.softmax}
+        settings: dict[str, Any] = {}
+        if self.softmax != "exact":
+            settings["softmax"] = self.softmax
+        if self.tokens is not None:
+            settings["tokens"] = dict(self.tokens)
+        return settings
 
     def with_options(
         self,
@@ -434,6 +448,18 @@ def _method(known: Registry[Any], named: object, where: str) -> Any:
         message = f"recipe: {where}: expected a name, found {name!r:.60}"
         raise ConfigError(message)
     return _make(known.lookup(name), settings, f"{where} {name}")
+
+
+def _tokens(values: object) -> dict[str, Any] | None:
+    """Return the settings by which the run-time reduces tokens."""
+    if not isinstance(values, Mapping):
+        message = f"recipe: tokens: expected a mapping, found {values!r:.60}"
+        raise ConfigError(message)
+    try:
+        return settings(values)
+    except ArgumentError as error:
+        message = f"recipe: {error}"
+        raise ConfigError(message) from None
 
 
 def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:

@@ -4,10 +4,10 @@ One model is in memory at a time; two while the predictions of one are compared 
 reference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nybble.anatomy import describe
 from nybble.errors import ArgumentError
@@ -17,6 +17,9 @@ from nybble.eval.perplexity import Perplexity, measure
 from nybble.eval.tasks import Task, read_items
 from nybble.eval.text import read_text
 from nybble.runtime import load
+
+if TYPE_CHECKING:
+    from nybble.tokens import TokenMethod, TokenPolicy
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def compare(
     limit: int | None = None,
     threads: int | None = None,
     kv: str | None = None,
+    tokens: "TokenPolicy | TokenMethod | Mapping[str, Any] | str | None" = None,
     on_step: Callable[[str, str, int, int, str], None] | None = None,
 ) -> list[Measured]:
     """Measure models one after the other.
@@ -94,9 +98,10 @@ def compare(
         The windows of the text, see :func:`nybble.eval.continuation`.
     limit
         Use only the first so many questions of each task.
-    threads, kv
-        As for :func:`nybble.load`. The reference keeps its keys and values as it does by default,
-        so that a model compared with itself shows what another ``kv`` does.
+    threads, kv, tokens
+        As for :func:`nybble.load`. The reference keeps its keys and values, and the tokens of its
+        prompts, as it does by default, so that a model compared with itself shows what another
+        ``kv`` or policy does.
     on_step
         Called as things go on with the model's name, what it does (``"text"``, ``"agreement"`` or
         a task's name), how many tokens or questions are done, how many there are, and a remark.
@@ -126,9 +131,9 @@ def compare(
 
     found = []
     for name, place, fact in zip(names, places, facts, strict=True):
-        model = load(place, threads, kv=kv)
+        model = load(place, threads, kv=kv, tokens=tokens)
         surprise, similar = None, None
-        same = kv is None and place.resolve() == against
+        same = kv is None and tokens is None and place.resolve() == against
         if content is not None and against is not None and not same:
             similar = agreement(
                 model,

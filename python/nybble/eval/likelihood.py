@@ -114,8 +114,11 @@ class Scorer:
             self._session.truncate(len(prompt))
             return self._behind, 0
         self._prompt, self._behind = None, None  # of no use if what follows fails
+        if self._model.info["tokens"] is not None:
+            self._session.truncate(0)  # a reduced prompt is not to depend on the one before it
         rest = self._session.rewind(prompt)
-        self._behind, self._prompt = self._session.forward(rest, "last"), prompt
+        self._behind = self._session.forward(rest, "last", prompt=True)
+        self._prompt = prompt
         return self._behind, len(rest)
 
 

@@ -77,7 +77,8 @@ def predictions(
     session.truncate(0)
     at = 0
     if prompt_tokens > 1:
-        yield session.forward(window[:prompt_tokens], "last"), window[prompt_tokens:][:1]
+        logits = session.forward(window[:prompt_tokens], "last", prompt=True)
+        yield logits, window[prompt_tokens:][:1]
         at = prompt_tokens
     for start in range(at, len(window) - 1, CHUNK):
         inputs = window[start : min(start + CHUNK, len(window) - 1)]

@@ -49,8 +49,8 @@ class Gptq(Quantizer):
     Tried and lost, on that model (groups of 64 and 128, 4096 tokens of WikiText-2, where
     differences below 1 % are noise): damping of 0.1 (13.8 % with 24576 tokens) or by the median of
     the diagonal (11.1 %); counting tokens of massive activations less together with both (16.4 %
-    with 8192 tokens, from 13.7); rounding again by coordinate descent with scales refitted in ``H``, which takes 8 %
-    off a layer's squared error and nothing off the perplexity.
+    with 8192 tokens, from 13.7); rounding again by coordinate descent with scales refitted in
+    ``H``, which takes 8 % off a layer's squared error and nothing off the perplexity.
 
     Parameters
     ----------

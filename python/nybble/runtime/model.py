@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nybble import _nybble
     from nybble.runtime.tokenizer import Tokenizer
+    from nybble.tokens import TokenMethod, TokenPolicy
 
 __all__ = ["DEFAULT_NEW_TOKENS", "LanguageModel", "NybbleForCausalLM", "from_pretrained", "load"]
 
@@ -82,9 +83,17 @@ class LanguageModel:
             ends |= set(self.tokenizer.end_ids)
         return tuple(sorted(i for i in ends if i < self.vocab_size))
 
-    def session(self) -> Session:
-        """Return a new, empty session; see :class:`nybble.runtime.session.Session`."""
-        return Session(self.raw.session(), self.vocab_size)
+    def session(
+        self, tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None = None
+    ) -> Session:
+        """Return a new, empty session; see :class:`nybble.runtime.session.Session`.
+
+        Parameters
+        ----------
+        tokens
+            How prompts in it are reduced, if not as the model says; as for :func:`load`.
+        """
+        return Session(self.raw.session(_tokens(tokens)), self.vocab_size)
 
     def forward(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return the logits after each of `ids`, an array of shape ``[n, vocab]``.
@@ -348,6 +357,17 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _tokens(tokens: object) -> str | None:
+    """Return a policy of token reduction as the extension reads it."""
+    if tokens is None:
+        return None
+    if tokens == "off":
+        return "null"
+    from nybble.tokens import settings
+
+    return json.dumps(settings(tokens))  # type: ignore[arg-type]  # checked there
+
+
 def load(
     path: str | os.PathLike[str],
     threads: int | None = None,
@@ -355,6 +375,7 @@ def load(
     context: int | None = None,
     kv: str | None = None,
     mmap: bool = True,
+    tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None = None,
 ) -> LanguageModel:
     """Load a model.
 
@@ -372,6 +393,10 @@ def load(
         models, else ``"f32"``.
     mmap
         Whether the weights are mapped (their memory is shared and given back) or read.
+    tokens
+        Which tokens of prompts are reduced: a :class:`nybble.tokens.TokenPolicy`, a method, or a
+        mapping with the settings of either (see :func:`nybble.tokens.settings`). By default what
+        the folder says; ``"off"`` for none.
 
     Raises
     ------
@@ -385,7 +410,7 @@ def load(
         threads = count("threads", threads)
     if context is not None:
         context = count("context", context)
-    raw = _nybble.Model.open(place, threads, context, kv, mmap)
+    raw = _nybble.Model.open(place, threads, context, kv, mmap, _tokens(tokens))
     return LanguageModel(raw, place)
 
 

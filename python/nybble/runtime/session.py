@@ -80,15 +80,37 @@ class Session:
     def __len__(self) -> int:
         return len(self.raw)
 
-    def truncate(self, n: int) -> None:
-        """Forget everything from token `n` on."""
+    @property
+    def layer_tokens(self) -> list[int]:
+        """How many tokens' keys and values each layer holds.
+
+        Fewer than ``len(session)`` behind layers where tokens of a prompt were dropped.
+        """
+        return self.raw.layer_tokens()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of these keys and values."""
+        return self.raw.kv_bytes()
+
+    def truncate(self, n: int) -> int:
+        """Forget everything from token `n` on; return how many tokens are left.
+
+        Those are fewer than `n` where it lies inside a prompt whose tokens were reduced: which of
+        them stayed depended on those that would go, so the whole prompt goes (of one longer than
+        2048 tokens, the part that was computed together).
+        """
         if not 0 <= n <= len(self.raw):
             message = f"n: expected a number from 0 to {len(self.raw)}, found {n}"
             raise ArgumentError(message)
-        self.raw.truncate(n)
+        return self.raw.truncate(n)
 
     def forward(
-        self, ids: Sequence[int] | npt.NDArray[Any], want: str = "last"
+        self,
+        ids: Sequence[int] | npt.NDArray[Any],
+        want: str = "last",
+        *,
+        prompt: bool = False,
     ) -> npt.NDArray[np.float32]:
         """Compute `ids` after the tokens in the cache.
 
@@ -98,16 +120,19 @@ class Session:
             The tokens.
         want
             Which rows of logits to return: ``"last"``, ``"all"`` or ``"none"``.
+        prompt
+            Whether `ids` are a prompt, whose tokens the session's policy may reduce (see
+            :mod:`nybble.tokens`). Then there are no logits of all of them, if it drops any.
         """
-        return self.raw.forward(token_array(ids, self.vocab), want)
+        return self.raw.forward(token_array(ids, self.vocab), want, prompt)
 
     def rewind(self, prompt: Sequence[int]) -> list[int]:
         """Keep the beginning that `prompt` shares with the cache; return the rest of `prompt`.
 
-        At least one token is left over, because logits come from computing one.
+        At least one token is left over, because logits come from computing one; of a prompt whose
+        tokens were reduced, all of them, unless the whole of it is shared.
         """
         known = self.tokens
         most = max(min(len(known), len(prompt) - 1), 0)
         shared = next((i for i in range(most) if known[i] != prompt[i]), most)
-        self.raw.truncate(shared)
-        return list(prompt[shared:])
+        return list(prompt[self.raw.truncate(shared) :])

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nybble::format::Access;
 use nybble::kernels::attention::KvType;
 use nybble::model::LoadOptions;
+use nybble::tokens::Policy;
 use nybble::{Error, Result};
 use pyo3::prelude::*;
 
@@ -20,9 +21,10 @@ pub(crate) struct Model {
 
 #[pymethods]
 impl Model {
-    /// Opens a folder or a GGUF file.
+    /// Opens a folder or a GGUF file. `tokens` is a policy of token reduction as JSON in the place of the folder's own; `null`
+    /// for none at all.
     #[staticmethod]
-    #[pyo3(signature = (path, threads=None, context=None, kv=None, mmap=true))]
+    #[pyo3(signature = (path, threads=None, context=None, kv=None, mmap=true, tokens=None))]
     fn open(
         py: Python<'_>,
         path: PathBuf,
@@ -30,10 +32,18 @@ impl Model {
         context: Option<usize>,
         kv: Option<&str>,
         mmap: bool,
+        tokens: Option<&str>,
     ) -> PyResult<Self> {
+        let tokens = run(py, || tokens.map(policy).transpose())?;
         let kv = run(py, || kv.map(KvType::parse).transpose())?;
         let options = LoadOptions { threads, access: access(mmap), kv, context };
-        let core = run_in_background(py, move || nybble::model::Model::open(path, &options))?;
+        let core = run_in_background(py, move || {
+            let model = nybble::model::Model::open(path, &options)?;
+            match tokens {
+                Some(policy) => model.with_tokens(policy),
+                None => Ok(model),
+            }
+        })?;
         Ok(Self { core: Arc::new(core) })
     }
 
@@ -42,11 +52,22 @@ impl Model {
         run(py, || to_json(&self.core.info()))
     }
 
-    /// A new, empty session.
-    fn session(&self, py: Python<'_>) -> PyResult<Session> {
-        let core = run(py, || Ok(self.core.session()))?;
+    /// A new, empty session; with `tokens` as for `open`.
+    #[pyo3(signature = (tokens=None))]
+    fn session(&self, py: Python<'_>, tokens: Option<&str>) -> PyResult<Session> {
+        let core = run(py, || match tokens {
+            Some(tokens) => self.core.session_with(policy(tokens)?),
+            None => Ok(self.core.session()),
+        })?;
         Ok(Session::new(Arc::clone(&self.core), core))
     }
+}
+
+/// Reads a policy of token reduction, or none for `null`.
+fn policy(json: &str) -> Result<Option<Policy>> {
+    let value: serde_json::Value =
+        serde_json::from_str(json).map_err(|error| Error::argument("tokens", "JSON", error))?;
+    if value.is_null() { Ok(None) } else { Policy::read(&value).map(Some) }
 }
 
 pub(crate) fn access(mmap: bool) -> Access {

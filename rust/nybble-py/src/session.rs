@@ -35,13 +35,15 @@ impl Session {
 
 #[pymethods]
 impl Session {
-    /// Computes `ids` after what the session holds; returns the logits wanted: `last`, `all` or `none`.
-    #[pyo3(signature = (ids, want="last"))]
+    /// Computes `ids` after what the session holds; returns the logits wanted: `last`, `all` or `none`. A prompt's tokens may
+    /// be reduced by the session's policy.
+    #[pyo3(signature = (ids, want="last", prompt=false))]
     fn forward<'py>(
         &self,
         py: Python<'py>,
         ids: PyReadonlyArray1<'py, u32>,
         want: &str,
+        prompt: bool,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let ids = ids.as_array().to_vec();
         let vocab = self.model.spec().vocab;
@@ -53,7 +55,13 @@ impl Session {
                 _ => return Err(Error::argument("want", "last, all or none", want)),
             };
             let mut logits = Vec::new();
-            self.with(|model, session| session.forward(model, &ids, want, &mut logits, stop))?;
+            self.with(|model, session| {
+                if prompt {
+                    session.prefill(model, &ids, want, &mut logits, stop)
+                } else {
+                    session.forward(model, &ids, want, &mut logits, stop)
+                }
+            })?;
             Ok(logits)
         })?;
         let rows = logits.len() / vocab;
@@ -70,15 +78,24 @@ impl Session {
         run(py, || self.with(|_, session| Ok(session.len())))
     }
 
-    /// Forgets everything from token `n` on.
-    fn truncate(&self, py: Python<'_>, n: usize) -> PyResult<()> {
+    /// Tokens whose keys and values each layer holds.
+    fn layer_tokens(&self, py: Python<'_>) -> PyResult<Vec<usize>> {
+        run(py, || self.with(|_, session| Ok(session.layer_tokens().collect())))
+    }
+
+    /// Bytes of the keys and values held.
+    fn kv_bytes(&self, py: Python<'_>) -> PyResult<usize> {
+        run(py, || self.with(|_, session| Ok(session.kv_bytes())))
+    }
+
+    /// Forgets everything from token `n` on, and the whole of a reduced prompt that `n` lies in; returns what is left.
+    fn truncate(&self, py: Python<'_>, n: usize) -> PyResult<usize> {
         run(py, || {
             self.with(|_, session| {
                 if n > session.len() {
                     return Err(Error::argument("n", format!("0 to {}", session.len()), n));
                 }
-                session.truncate(n);
-                Ok(())
+                Ok(session.truncate(n))
             })
         })
     }

@@ -12,5 +12,6 @@ pub mod pack;
 pub mod probe;
 pub mod solve;
 pub mod threads;
+pub mod tokens;
 
 pub use error::{Error, Result};

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::decode::{Generation, Request, Sampling};
 use nybble::model::{LoadOptions, Model};
+use nybble::tokens::Policy;
 use tiny::Tiny;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
@@ -79,9 +80,11 @@ fn generated_tokens_allocate_nothing() {
     let by_top_p = Sampling { temperature: 1.5, top_p: 0.8, ..Sampling::default() };
     for (name, tiny) in models() {
         let folder = tiny.save();
-        for threads in [1, 3] {
+        let half = Policy { ratio: 0.5, min_prompt: 2, ..Policy::default() };
+        for (threads, policy) in [(1, None), (3, None), (2, Some(half))] {
             let options = LoadOptions { threads: Some(threads), ..LoadOptions::default() };
             let model = Model::open(folder.path(), &options).expect("good");
+            let model = model.with_tokens(policy).expect("fits");
             let mut session = model.session();
             for (i, sampling) in [&greedy, &drawn, &by_top_p, &greedy].into_iter().enumerate() {
                 session.truncate(0);

@@ -8,7 +8,9 @@
 
 use half::f16;
 use nybble::cpu::Isa;
-use nybble::kernels::attention::{self, Attention, KvCache, KvType, Scratch, Shape, attend};
+use nybble::kernels::attention::{
+    self, Attention, KvCache, KvType, Scratch, Shape, Statistic, attend, statistics,
+};
 use nybble::kernels::{Columns, elementwise, f32 as matmul, float_matmul, norm, rope};
 use nybble::pack::{IntSource, Layout, Packed};
 use nybble::threads::Pool;
@@ -45,6 +47,10 @@ tests! {
     attention_non_finite_avx2 => check_non_finite(Avx2);
     attention_non_finite_avx512vnni => check_non_finite(Avx512Vnni);
     attention_non_finite_neon => check_non_finite(Neon);
+    statistics_scalar => check_statistics(Scalar);
+    statistics_avx2 => check_statistics(Avx2);
+    statistics_avx512vnni => check_statistics(Avx512Vnni);
+    statistics_neon => check_statistics(Neon);
     norm_scalar => check_norm(Scalar);
     norm_avx2 => check_norm(Avx2);
     norm_avx512vnni => check_norm(Avx512Vnni);
@@ -277,43 +283,57 @@ impl Case {
         out
     }
 
+    /// What the cache holds of one position's key or value in a head.
+    fn stored(&self, row: &[f32]) -> Vec<f64> {
+        let top = row.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
+        let scale = top / 127.0;
+        let held = |&x: &f32| match self.kind {
+            KvType::F32 => f64::from(x),
+            KvType::F16 => f64::from(f16::from_f32(x).to_f32()),
+            KvType::Int8 => f64::from((x * (1.0 / scale)).round_ties_even() * scale),
+        };
+        row.iter().map(held).collect()
+    }
+
+    /// Where position `j`'s key or value of the head that query head `h` shares is.
+    fn row(&self, h: usize, j: usize) -> std::ops::Range<usize> {
+        let first = j * self.kv_heads * self.dim + h / (self.heads / self.kv_heads) * self.dim;
+        first..first + self.dim
+    }
+
+    /// The first position that query `i` sees.
+    fn first(&self, i: usize) -> usize {
+        self.window.map_or(0, |window| (i + 1).saturating_sub(window))
+    }
+
+    /// The exact softmax of one query and head, over the positions it sees, in double precision.
+    fn probabilities(&self, i: usize, h: usize) -> Vec<f64> {
+        let q = &self.q[(i * self.heads + h) * self.dim..][..self.dim];
+        let scores: Vec<f64> = (self.first(i)..=i)
+            .map(|j| {
+                let key = self.stored(&self.k[self.row(h, j)]);
+                let dot: f64 = q.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
+                let score = dot * f64::from(self.shape().scale);
+                let score =
+                    self.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                score + self.alibi.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]) * j as f64)
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        scores.iter().map(|s| (s - max).exp() / sum).collect()
+    }
+
     /// The definition, in double precision, for one query: its outputs, and how far off each may be.
     ///
     /// Weights that are powers of two jump, so a weight so near to the jump that rounding decides may be either; and values
     /// are rounded to half a step of their scale.
     fn exact(&self, i: usize) -> Vec<(f64, f64)> {
-        // What the cache holds of one position's key or value in a head.
-        let stored = |row: &[f32]| -> Vec<f64> {
-            let top = row.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
-            let scale = top / 127.0;
-            let held = |&x: &f32| match self.kind {
-                KvType::F32 => f64::from(x),
-                KvType::F16 => f64::from(f16::from_f32(x).to_f32()),
-                KvType::Int8 => f64::from((x * (1.0 / scale)).round_ties_even() * scale),
-            };
-            row.iter().map(held).collect()
-        };
         let mut out = Vec::new();
         for h in 0..self.heads {
-            let kv = h / (self.heads / self.kv_heads) * self.dim;
-            let row =
-                |j: usize| j * self.kv_heads * self.dim + kv..j * self.kv_heads * self.dim + kv + self.dim;
-            let q = &self.q[(i * self.heads + h) * self.dim..][..self.dim];
-            let from = self.window.map_or(0, |window| (i + 1).saturating_sub(window));
-            let scores: Vec<f64> = (from..=i)
-                .map(|j| {
-                    let dot: f64 =
-                        q.iter().zip(stored(&self.k[row(j)])).map(|(&q, k)| f64::from(q) * k).sum();
-                    let score = dot * f64::from(self.shape().scale);
-                    let score =
-                        self.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
-                    score + self.alibi.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]) * j as f64)
-                })
-                .collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-            let values: Vec<Vec<f64>> = (from..=i).map(|j| stored(&self.v[row(j)])).collect();
-            let exact: Vec<f64> = scores.iter().map(|s| (s - max).exp() / sum).collect();
+            let exact = self.probabilities(i, h);
+            let values: Vec<Vec<f64>> =
+                (self.first(i)..=i).map(|j| self.stored(&self.v[self.row(h, j)])).collect();
             let power = |p: f64| if (-p.log2()).round() > 15.0 { 0.0 } else { (-(-p.log2()).round()).exp2() };
             let weights: Vec<f64> = exact.iter().map(|&p| if self.log2 { power(p) } else { p }).collect();
             for d in 0..self.dim {
@@ -410,6 +430,70 @@ fn check_chunks(isa: Isa) {
                 assert_same_bits(&case.run(kernel, threads, chunks), &together, &what);
             }
         }
+    }
+}
+
+fn measure(
+    case: &Case,
+    kernel: &dyn Attention,
+    threads: usize,
+    n: usize,
+    statistic: Statistic,
+) -> nybble::Result<Vec<f32>> {
+    let (pool, kv_width, width) = (pool(threads), case.kv_heads * case.dim, case.heads * case.dim);
+    let mut cache = KvCache::new(case.kv_heads, case.dim, case.kind);
+    cache.append(&pool, &case.k, &case.v, case.len, kv_width)?;
+    let mut out = vec![7.0; 3];
+    let (q, mut scratch) = (&case.q[case.len.saturating_sub(n) * width..], Scratch::new());
+    statistics(&pool, kernel, &case.shape(), &cache, q, width, n, statistic, &mut out, &mut scratch)?;
+    Ok(out)
+}
+
+fn check_statistics(isa: Isa) {
+    let (kernel, scalar) = pair(&attention::kernels(), |k| k.isa(), isa);
+    // More queries than a piece, and more heads on one key head than a task takes.
+    let more = [Case::new(3, 1, 16, KvType::F16, 700), Case::new(70, 1, 8, KvType::F32, 40)];
+    for case in cases().into_iter().chain(more) {
+        let exact: Vec<Vec<Vec<f64>>> =
+            (0..case.len).map(|i| (0..case.heads).map(|h| case.probabilities(i, h)).collect()).collect();
+        for n in [case.len, case.len.div_ceil(2), 1] {
+            let queries = case.len - n..case.len;
+            let what = format!("{} heads of {}, {n} of {}, {:?}", case.heads, case.dim, case.len, case.kind);
+            let check = |statistic, expected: Vec<f64>| {
+                let found = measure(&case, kernel, 1, n, statistic).expect("measures");
+                assert_eq!(found.len(), expected.len(), "{what}");
+                for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    let error = (f64::from(*found) - expected).abs();
+                    assert!(
+                        error < 2e-5 * expected.max(1.0),
+                        "{what}: {statistic:?} {i}: {found}, {expected}"
+                    );
+                }
+                let shared = measure(&case, kernel, 3, n, statistic).expect("measures");
+                assert_same_bits(&shared, &found, &what);
+                if isa != Isa::Scalar {
+                    let oracle = measure(&case, scalar, 1, n, statistic).expect("measures");
+                    assert_same_bits(&found, &oracle, &what);
+                }
+            };
+            for key in [0, case.len / 3, case.len - 1] {
+                let given = |i: usize| -> f64 {
+                    let seen = (case.first(i)..=i).contains(&key);
+                    exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
+                };
+                check(Statistic::Given { key }, queries.clone().map(given).collect());
+            }
+            let mut received = vec![0.0; case.len];
+            for i in queries.clone() {
+                for p in exact[i].iter().flatten().zip((case.first(i)..=i).cycle()) {
+                    received[p.1] += p.0;
+                }
+            }
+            check(Statistic::Received, received);
+        }
+        assert!(measure(&case, kernel, 1, 1, Statistic::Given { key: case.len }).is_err());
+        assert!(measure(&case, kernel, 1, case.len + 1, Statistic::Received).is_err());
+        assert_eq!(measure(&case, kernel, 1, 0, Statistic::Received).expect("none"), vec![0.0; case.len]);
     }
 }
 

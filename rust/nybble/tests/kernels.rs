@@ -389,6 +389,39 @@ tiers! {
 }
 
 #[test]
+fn rows_of_four_bits_stand_among_rows_of_eight() {
+    let (rows, cols) = (6, 96);
+    let pool = Pool::new(2).expect("a pool");
+    let input = activations(rows, cols, Kind::Random);
+    let low = [false, true, true, false, true, false];
+    for kernel in quantize::kernels() {
+        for (per, per_of_low) in [
+            (Granularity::Token, Granularity::Token),
+            (Granularity::Group, Granularity::Group),
+            (Granularity::Tensor(0.01), Granularity::Tensor(0.01 * (127.0 / 7.0))),
+        ] {
+            let rounded = |rounding, low: &[bool]| {
+                let mut x = Activations::new();
+                x.quantize_mixed(&pool, kernel, &input, rows, cols, 32, rounding, low).map(|()| x)
+            };
+            let eight = Rounding { bits: 8, per };
+            let all_low = rounded(Rounding { bits: 4, per: per_of_low }, &[]).expect("good input");
+            let none_low = rounded(eight, &[]).expect("good input");
+            let mixed = rounded(eight, &low).expect("good input");
+            assert_eq!(mixed.bits(), 8);
+            for (r, &low) in low.iter().enumerate() {
+                let expected = if low { &all_low } else { &none_low };
+                assert_eq!(mixed.codes(r), expected.codes(r), "{per:?}, row {r}");
+                assert_eq!(mixed.scales(r), expected.scales(r), "{per:?}, row {r}");
+                assert_eq!(mixed.sums(r), expected.sums(r), "{per:?}, row {r}");
+                assert!(!low || mixed.codes(r).iter().all(|code| code.abs() <= 7));
+            }
+            assert!(rounded(eight, &low[1..]).is_err());
+        }
+    }
+}
+
+#[test]
 fn quantize_scalar_follows_its_definition() {
     let pool = Pool::new(1).expect("a pool");
     for rounding in roundings() {

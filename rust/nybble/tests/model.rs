@@ -6,6 +6,7 @@ use nybble::decode::{FinishReason, Generation, Generator, Request, Sampling};
 use nybble::format::{Access, Dtype};
 use nybble::kernels::attention::KvType;
 use nybble::model::{LoadOptions, Logits, Model};
+use nybble::tokens::Policy;
 use nybble::{Error, Result};
 use serde_json::{Value, json};
 use tiny::{Tiny, VOCAB};
@@ -393,4 +394,36 @@ fn seeds_repeat_and_an_interrupted_step_may_be_tried_again() {
     let mut session = model.session();
     let generator = Generator::new(&model, &mut session, other, &never).expect("a good request");
     assert_ne!(tokens, generator.collect::<Result<Vec<_>>>().expect("tokens"));
+}
+
+#[test]
+fn an_interrupted_reduced_prompt_leaves_the_session_as_it_was() {
+    let policy = Policy { ratio: 0.6, layers: Some(vec![0]), min_prompt: 2, ..Policy::default() };
+    let model = open(&Tiny::llama(), 2).expect("good").with_tokens(Some(policy)).expect("fits");
+    let mut session = model.session();
+    let (mut out, mut again) = (Vec::new(), Vec::new());
+    session.forward(&model, &PROMPT[..3], Logits::None, &mut out, &never).expect("a text");
+    session.prefill(&model, &PROMPT, Logits::Last, &mut out, &never).expect("logits");
+    let held: Vec<usize> = session.layer_tokens().collect();
+    // 11 tokens of which 4.4 stay, the last of the prompt among them.
+    assert_eq!(held, [14, 7]);
+    session.truncate(3);
+    for polls in 0..3_usize {
+        let left = std::cell::Cell::new(polls);
+        let stop = || left.replace(left.get().saturating_sub(1)) == 0;
+        let result = session.prefill(&model, &PROMPT, Logits::Last, &mut again, &stop);
+        assert!(matches!(result, Err(Error::Interrupted)), "{polls}");
+        assert_eq!((session.len(), session.layer_tokens().collect::<Vec<_>>()), (3, vec![3, 3]));
+    }
+    session.prefill(&model, &PROMPT, Logits::Last, &mut again, &never).expect("logits");
+    assert_eq!(bits(&out), bits(&again));
+    assert!(session.prefill(&model, &PROMPT, Logits::All, &mut again, &never).is_err());
+    assert_eq!(session.layer_tokens().collect::<Vec<_>>(), held);
+    assert!(session.kv_bytes() < session.bytes());
+    // A session of its own: another policy, or none.
+    let mut plain = model.session_with(None).expect("none");
+    plain.prefill(&model, &PROMPT, Logits::All, &mut out, &never).expect("all");
+    assert_eq!(plain.layer_tokens().collect::<Vec<_>>(), [11, 11]);
+    let nan = Policy { ratio: f64::NAN, ..Policy::default() };
+    assert!(model.session_with(Some(nan)).is_err());
 }

@@ -38,7 +38,8 @@ impl FinishReason {
 /// What to generate.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
-    /// Tokens to compute before the first new one, behind those the session holds already.
+    /// Tokens to compute before the first new one, behind those the session holds already. The session's policy may reduce
+    /// them, and only them.
     pub prompt: Vec<u32>,
     /// Most tokens to give out.
     pub max_new: usize,
@@ -105,7 +106,11 @@ impl Generation {
             return Ok(None);
         }
         let start = Instant::now();
-        session.forward(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
+        if first {
+            session.prefill(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
+        } else {
+            session.forward(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
+        }
         let computed = Instant::now();
         let token = self.sampler.sample(&mut self.logits, &self.history)?;
         self.metrics.sample_seconds += computed.elapsed().as_secs_f64();
@@ -113,6 +118,8 @@ impl Generation {
         if first {
             self.metrics.prefill_tokens += self.pending.len();
             self.metrics.prefill_seconds += seconds;
+            self.metrics.layer_tokens = session.layer_tokens().collect();
+            self.metrics.kv_bytes = session.kv_bytes();
         } else {
             self.metrics.decode_tokens += self.pending.len();
             self.metrics.decode_seconds += seconds;

@@ -18,6 +18,10 @@ pub struct GenerationMetrics {
     pub sample_seconds: f64,
     /// Tokens given out.
     pub generated_tokens: usize,
+    /// Tokens whose keys and values each layer held behind the prompt: fewer where some were dropped.
+    pub layer_tokens: Vec<usize>,
+    /// Bytes of these keys and values.
+    pub kv_bytes: usize,
 }
 
 impl GenerationMetrics {

@@ -5,13 +5,15 @@
 //! largest `n` seen, so generating a token allocates nothing.
 //!
 //! Every row is computed with the same arithmetic whatever `n` is and however the threads share the work: one token at a
-//! time, a whole prompt at once, or anything between gives the same bits.
+//! time, a whole prompt at once, or anything between gives the same bits. Only where a prompt's tokens are reduced (see
+//! `reduce.rs`) it matters which tokens are computed together, for they are chosen among one another.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::Model;
 use super::blocks::{Attention, Block, Layer, Mlp};
 use super::linear::Run;
+use super::reduce::Plan;
 use super::rope::RopeTable;
 use super::session::Session;
 use super::spec::Position;
@@ -37,17 +39,25 @@ pub(super) struct Scratch {
 }
 
 impl Session {
-    /// Computes `tokens`, at most a chunk of them, and as many last rows of logits as `logits` has room for.
+    /// Computes `tokens`, at most a chunk of them, and as many last rows of logits as `logits` has room for. With a plan the
+    /// tokens are reduced.
     pub(super) fn chunk(
         &mut self,
         model: &Model,
         tokens: &[u32],
+        plan: Option<&Plan>,
         logits: &mut [f32],
         stop: &dyn Fn() -> bool,
     ) -> Result<()> {
         let run = Run { pool: &model.pool, kernels: &model.kernels, settings: &model.settings };
-        let (n, start) = (tokens.len(), self.tokens.len());
-        let s = &mut self.scratch;
+        let (mut n, start) = (tokens.len(), self.tokens.len());
+        let (s, rows) = (&mut self.scratch, &mut self.rows);
+        if plan.is_some() {
+            rows.begin(start, n);
+        } else {
+            rows.end();
+        }
+        let kept_positions = self.plan.as_deref().is_some_and(Plan::keeps_positions);
         for buffer in [&mut s.x, &mut s.xb, &mut s.h] {
             fit(buffer, n * model.spec.hidden);
         }
@@ -56,19 +66,38 @@ impl Session {
         }
 
         embed(run, model, tokens, start, s)?;
-        for (layer, cache) in model.weights.layers.iter().zip(&mut self.caches) {
+        for (index, (layer, cache)) in model.weights.layers.iter().zip(&mut self.caches).enumerate() {
             if stop() {
                 return Err(Error::Interrupted);
             }
             let Layer { attention, attention_block, mlp, mlp_block } = layer;
+            // A cache is shorter than the text where tokens of a prompt were left out before this layer.
+            let first = if kept_positions { start } else { cache.len() };
+            let listed = if kept_positions { rows.positions() } else { &[] };
+            let position = |row: usize| listed.get(row).copied().unwrap_or(first + row);
             let rope = attention.rope.map(|index| &self.ropes[index]);
+            let mut leaving = false;
 
             enter(run, attention_block, s);
-            attend(run, attention, rope, cache, start, n, s)?;
+            project(run, attention, rope, &position, n, s)?;
+            attend(run, attention, cache, n, s)?;
+            if let Some(plan) = plan {
+                let Scratch { qkv, attention: memory, .. } = s;
+                let (shape, queries) = (shape(run, attention), (&qkv[..], qkv.len() / n));
+                let on = (run.pool, run.kernels);
+                leaving = rows.choose(on, plan, index, &shape, attention, cache, queries, memory)?;
+            }
+            attention.out.forward_mixed(run, &s.att, n, rows.low(), &mut s.rounded, &mut s.h)?;
             leave(run, attention_block, s);
+            if leaving {
+                n = rows.leave(&mut s.x, model.spec.hidden);
+                for buffer in [&mut s.xb, &mut s.h] {
+                    fit(buffer, n * model.spec.hidden);
+                }
+            }
 
             enter(run, mlp_block, s);
-            feed_forward(run, mlp, n, s)?;
+            feed_forward(run, mlp, n, rows.low(), s)?;
             leave(run, mlp_block, s);
         }
         if !logits.is_empty() {
@@ -164,13 +193,12 @@ fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
     run.pool.split_rows(x, 1, &|first, part| elementwise.add_assign(part, &y[first..first + part.len()]));
 }
 
-/// `h = out(softmax(scale * q kᵀ) v)` with `[q | k | v] = qkv(xb)`, over the cached keys and values and the new ones.
-fn attend(
+/// `[q | k | v] = qkv(xb)`, with normed heads and turned to their positions where the model has that.
+fn project(
     run: Run<'_>,
     attention: &Attention,
     rope: Option<&RopeTable>,
-    cache: &mut KvCache,
-    start: usize,
+    position: &(dyn Fn(usize) -> usize + Sync),
     n: usize,
     s: &mut Scratch,
 ) -> Result<()> {
@@ -195,35 +223,46 @@ fn attend(
     if let Some(rope) = rope {
         run.pool.split_rows(&mut s.qkv, width, &|first, rows| {
             for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let (cos, sin) = rope.angles(start + first + i);
+                let (cos, sin) = rope.angles(position(first + i));
                 run.kernels.rope.rotate(&mut row[..q + k], dim, 2 * cos.len(), cos, sin);
             }
         });
     }
+    Ok(())
+}
 
-    cache.append(run.pool, &s.qkv[q..], &s.qkv[q + k..], n, width)?;
-    let shape = attention::Shape {
+/// How the heads of a layer attend.
+fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Shape<'a> {
+    attention::Shape {
         heads: attention.heads,
         kv_heads: attention.kv_heads,
-        head_dim: dim,
+        head_dim: attention.head_dim,
         scale: attention.scale,
         window: attention.window,
         alibi: attention.slopes.as_deref(),
         softcap: attention.softcap,
         log2: run.settings.log2_softmax,
-    };
+    }
+}
+
+/// `att = softmax(scale * q kᵀ) v`, over the cached keys and values and the new ones.
+fn attend(run: Run<'_>, attention: &Attention, cache: &mut KvCache, n: usize, s: &mut Scratch) -> Result<()> {
+    let dim = attention.head_dim;
+    let (q, k) = (attention.heads * dim, attention.kv_heads * dim);
+    let width = q + 2 * k;
+    cache.append(run.pool, &s.qkv[q..], &s.qkv[q + k..], n, width)?;
+    let shape = shape(run, attention);
     fit(&mut s.att, n * q);
     let kernel = run.kernels.attention;
-    attention::attend(run.pool, kernel, &shape, cache, &s.qkv, width, n, &mut s.att, &mut s.attention)?;
-    attention.out.forward(run, &s.att, n, &mut s.rounded, &mut s.h)
+    attention::attend(run.pool, kernel, &shape, cache, &s.qkv, width, n, &mut s.att, &mut s.attention)
 }
 
 /// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`.
-fn feed_forward(run: Run<'_>, mlp: &Mlp, n: usize, s: &mut Scratch) -> Result<()> {
+fn feed_forward(run: Run<'_>, mlp: &Mlp, n: usize, low: &[bool], s: &mut Scratch) -> Result<()> {
     let width = mlp.gate_up.rows();
     fit(&mut s.gate_up, n * width);
     fit(&mut s.inner, n * mlp.inner);
-    mlp.gate_up.forward(run, &s.xb, n, &mut s.rounded, &mut s.gate_up)?;
+    mlp.gate_up.forward_mixed(run, &s.xb, n, low, &mut s.rounded, &mut s.gate_up)?;
     run.pool.split_rows(&mut s.inner, mlp.inner, &|first, rows| {
         for (gate_up, out) in
             s.gate_up[first * width..].chunks_exact(width).zip(rows.chunks_exact_mut(mlp.inner))
@@ -231,7 +270,7 @@ fn feed_forward(run: Run<'_>, mlp: &Mlp, n: usize, s: &mut Scratch) -> Result<()
             mlp.activate(run, gate_up, out);
         }
     });
-    mlp.down.forward(run, &s.inner, n, &mut s.rounded, &mut s.h)
+    mlp.down.forward_mixed(run, &s.inner, n, low, &mut s.rounded, &mut s.h)
 }
 
 /// `logits = head(norm(x))` of the last rows, as many as `logits` has room for.

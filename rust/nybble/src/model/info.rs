@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::Model;
+use crate::tokens::Policy;
 
 /// Sizes, kernels and memory of an open model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -31,6 +32,8 @@ pub struct Info {
     pub kv_type: String,
     /// Bytes that one token's keys and values take.
     pub kv_bytes_per_token: usize,
+    /// The policy by which tokens of prompts are reduced.
+    pub tokens: Option<Policy>,
     /// The kernel of every operation, as `operation/tier`.
     pub kernels: Vec<String>,
     /// Number of threads.
@@ -57,6 +60,7 @@ pub(super) fn info(model: &Model) -> Info {
         weight_bytes,
         kv_type: model.kv.name().into(),
         kv_bytes_per_token: kv_width * model.kv.bytes() + kv_heads * model.kv.scale_bytes(),
+        tokens: model.settings.tokens.clone(),
         kernels: model.kernels.names(),
         threads: model.pool.threads(),
     }

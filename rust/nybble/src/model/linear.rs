@@ -61,6 +61,11 @@ impl Linear {
         self.parts.iter().map(|part| &part.weight)
     }
 
+    /// Whether any matrix takes inputs of 8 bits.
+    pub(super) fn takes_bytes(&self) -> bool {
+        self.parts.iter().any(|part| part.rounding.is_some_and(|rounding| rounding.bits == 8))
+    }
+
     /// Computes `y [n, rows]` from `x [n, cols]`; `rounded` is scratch.
     pub(super) fn forward(
         &self,
@@ -70,13 +75,27 @@ impl Linear {
         rounded: &mut Activations,
         y: &mut [f32],
     ) -> Result<()> {
+        self.forward_mixed(run, x, n, &[], rounded, y)
+    }
+
+    /// The same, with inputs of 4 bits instead of 8 in the rows that `low` says so of; it is empty or has `n` flags.
+    pub(super) fn forward_mixed(
+        &self,
+        run: Run<'_>,
+        x: &[f32],
+        n: usize,
+        low: &[bool],
+        rounded: &mut Activations,
+        y: &mut [f32],
+    ) -> Result<()> {
         let columns = Columns::new(y, n, self.rows, 0, self.rows);
         let mut offset = 0;
         for parts in self.parts.chunk_by(Part::reads_the_same) {
             let Part { weight, rounding } = &parts[0];
             if let Some(rounding) = *rounding {
                 let (cols, group) = (weight.cols(), weight.group());
-                rounded.quantize(run.pool, run.kernels.quantize, x, n, cols, group, rounding)?;
+                let kernel = run.kernels.quantize;
+                rounded.quantize_mixed(run.pool, kernel, x, n, cols, group, rounding, low)?;
             }
             let mut products = parts.iter().map(|Part { weight, .. }| {
                 let own = columns.part(offset, weight.rows());

@@ -24,9 +24,11 @@ mod config;
 mod decoder;
 mod linear;
 mod load;
+mod reduce;
 mod session;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::Value;
@@ -36,10 +38,11 @@ use crate::format::Access;
 use crate::kernels::Kernels;
 use crate::kernels::attention::KvType;
 use crate::threads::Pool;
+use crate::tokens::Policy;
 
 pub use checkpoint::Checkpoint;
 pub use info::Info;
-pub use session::{Logits, Session};
+pub use session::{Logits, PART, Session};
 pub use settings::Settings;
 pub use spec::Spec;
 
@@ -69,6 +72,8 @@ pub struct Model {
     context: usize,
     kv: KvType,
     settings: Settings,
+    /// The settings' token policy, made to fit.
+    plan: Option<Arc<reduce::Plan>>,
     pool: Pool,
     kernels: Kernels,
     weights: load::Weights,
@@ -94,7 +99,8 @@ impl Model {
         validate::validate(&spec, &checkpoint)?;
         let weights = load::Weights::load(&spec, &checkpoint, &pool)?;
         let kv = options.kv.unwrap_or(if weights.quantized() { KvType::F16 } else { KvType::F32 });
-        Ok(Self {
+        let tokens = settings.tokens.clone();
+        let model = Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             path: path.to_path_buf(),
             spec,
@@ -102,10 +108,24 @@ impl Model {
             context,
             kv,
             settings,
+            plan: None,
             pool,
             kernels: Kernels::best(),
             weights,
-        })
+        };
+        model.with_tokens(tokens)
+    }
+
+    /// The same model with another policy of token reduction in the place of its folder's, or with none.
+    pub fn with_tokens(mut self, policy: Option<Policy>) -> Result<Self> {
+        self.plan = self.plan_of(policy.clone())?;
+        self.settings.tokens = policy;
+        Ok(self)
+    }
+
+    fn plan_of(&self, policy: Option<Policy>) -> Result<Option<Arc<reduce::Plan>>> {
+        let plan = policy.map(|policy| reduce::Plan::new(policy, &self.spec, &self.weights, self.context));
+        Ok(plan.transpose()?.map(Arc::new))
     }
 
     /// Where it was opened.
@@ -145,7 +165,12 @@ impl Model {
 
     /// A new, empty session.
     pub fn session(&self) -> Session {
-        Session::new(self)
+        Session::new(self, self.plan.clone())
+    }
+
+    /// A new, empty session with a policy of token reduction of its own, or none.
+    pub fn session_with(&self, policy: Option<Policy>) -> Result<Session> {
+        Ok(Session::new(self, self.plan_of(policy)?))
     }
 
     /// Sizes, kernels and memory.

@@ -1,7 +1,14 @@
 //! One text in a model: its tokens, their keys and values, and the buffers of the forward pass.
+//!
+//! What a policy of token reduction does to a prompt is done by [`Session::prefill`] alone; [`Session::forward`] computes
+//! every token in full, whatever came before. A reduced prompt is computed in parts of up to [`PART`] tokens. The tokens of a
+//! part are chosen among one another, so a part stays or goes as a whole: see [`Session::truncate`].
+
+use std::sync::Arc;
 
 use super::Model;
 use super::decoder::Scratch;
+use super::reduce::{Plan, Rows};
 use super::rope::RopeTable;
 use crate::error::{Error, Result};
 use crate::kernels::attention::KvCache;
@@ -9,6 +16,10 @@ use crate::kernels::attention::KvCache;
 /// Tokens computed together. A longer prompt is cut: the buffers stay small and stopping stays quick, while weights are
 /// still read once for many tokens. The cut never shows in the result.
 const CHUNK: usize = 512;
+
+/// Tokens of a reduced prompt computed together at most: they compete for their places. A longer prompt is cut into equal
+/// parts.
+pub const PART: usize = 2048;
 
 /// Which rows of logits a forward pass is to give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +40,23 @@ pub struct Session {
     pub(super) caches: Vec<KvCache>, // [layers]
     pub(super) ropes: Vec<RopeTable>,
     pub(super) scratch: Scratch,
+    pub(super) rows: Rows,
+    pub(super) plan: Option<Arc<Plan>>,
+    /// What was reduced, in order.
+    parts: Vec<Part>,
+}
+
+/// A part of a prompt whose tokens were reduced.
+#[derive(Debug)]
+struct Part {
+    start: usize,
+    end: usize,
+    /// Entries of each layer's cache at its end.
+    entries: Vec<usize>, // [layers]
 }
 
 impl Session {
-    pub(super) fn new(model: &Model) -> Self {
+    pub(super) fn new(model: &Model, plan: Option<Arc<Plan>>) -> Self {
         let cache = |layer: &super::blocks::Layer| {
             let attention = &layer.attention;
             KvCache::new(attention.kv_heads, attention.head_dim, model.kv).with_limit(model.context)
@@ -43,6 +67,9 @@ impl Session {
             caches: model.weights.layers.iter().map(cache).collect(),
             ropes: model.spec.ropes.iter().map(RopeTable::new).collect(),
             scratch: Scratch::default(),
+            rows: Rows::default(),
+            plan,
+            parts: Vec::new(),
         }
     }
 
@@ -61,17 +88,37 @@ impl Session {
         self.tokens.is_empty()
     }
 
-    /// Bytes of its keys and values.
+    /// Tokens whose keys and values each layer holds: fewer than [`Session::len`] behind layers that dropped some of a prompt.
+    pub fn layer_tokens(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.caches.iter().map(KvCache::len)
+    }
+
+    /// Bytes of the keys and values of these tokens, without the memory for more.
+    pub fn kv_bytes(&self) -> usize {
+        self.caches.iter().map(KvCache::used_bytes).sum()
+    }
+
+    /// Bytes of memory for keys and values.
     pub fn bytes(&self) -> usize {
         self.caches.iter().map(KvCache::bytes).sum()
     }
 
-    /// Forgets all tokens but the first `len`.
-    pub fn truncate(&mut self, len: usize) {
-        self.tokens.truncate(len);
-        for cache in &mut self.caches {
-            cache.truncate(self.tokens.len());
+    /// Forgets all tokens but the first `len`, and returns how many it still holds.
+    ///
+    /// Those are fewer where `len` lies inside a part of a prompt that was reduced: which tokens stayed depended on those
+    /// that would go, so the whole part is forgotten.
+    pub fn truncate(&mut self, len: usize) -> usize {
+        let mut len = len.min(self.tokens.len());
+        while let Some(part) = self.parts.pop_if(|part| len < part.end) {
+            len = len.min(part.start);
         }
+        self.tokens.truncate(len);
+        let last = self.parts.last();
+        for (layer, cache) in self.caches.iter_mut().enumerate() {
+            // Behind the last part no token is missing.
+            cache.truncate(last.map_or(len, |part| part.entries[layer] + len - part.end));
+        }
+        len
     }
 
     /// Whether `tokens` may be computed next: there are some, each is in the vocabulary, and they fit into the context.
@@ -105,6 +152,36 @@ impl Session {
         out: &mut Vec<f32>,
         stop: &dyn Fn() -> bool,
     ) -> Result<()> {
+        self.compute(model, tokens, None, want, out, stop)
+    }
+
+    /// As [`Session::forward`], but `tokens` are a prompt: the session's policy may reduce them. Without one, or where it
+    /// leaves a prompt of this length alone, it is the same in all bits. Of tokens that may be dropped there are no
+    /// [`Logits::All`].
+    pub fn prefill(
+        &mut self,
+        model: &Model,
+        tokens: &[u32],
+        want: Logits,
+        out: &mut Vec<f32>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let plan = self.plan.clone().filter(|plan| plan.applies(tokens.len()));
+        if want == Logits::All && plan.as_ref().is_some_and(|plan| plan.drops()) {
+            return Err(Error::argument("want", "last or none, for tokens of the prompt are dropped", "all"));
+        }
+        self.compute(model, tokens, plan.as_deref(), want, out, stop)
+    }
+
+    fn compute(
+        &mut self,
+        model: &Model,
+        tokens: &[u32],
+        plan: Option<&Plan>,
+        want: Logits,
+        out: &mut Vec<f32>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<()> {
         self.check(model, tokens)?;
         let rows = match want {
             Logits::None => 0,
@@ -113,8 +190,9 @@ impl Session {
         };
         reserve(out, rows.saturating_mul(model.spec.vocab))?;
         let before = self.len();
+        let together = plan.map_or(CHUNK, |_| tokens.len().div_ceil(tokens.len().div_ceil(PART)));
         let mut done = 0;
-        for chunk in tokens.chunks(CHUNK) {
+        for chunk in tokens.chunks(together) {
             let last = done + chunk.len() == tokens.len();
             let logits = match want {
                 Logits::Last if last => &mut out[..],
@@ -122,11 +200,16 @@ impl Session {
                 Logits::None | Logits::Last => &mut [],
             };
             // One region a chunk: the workers are woken once for all its phases.
-            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, logits, stop)) {
+            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, plan, logits, stop)) {
                 self.truncate(before);
                 return Err(error);
             }
             done += chunk.len();
+            if plan.is_some() {
+                let end = self.len();
+                let entries = self.layer_tokens().collect();
+                self.parts.push(Part { start: end - chunk.len(), end, entries });
+            }
         }
         Ok(())
     }

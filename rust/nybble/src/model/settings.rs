@@ -1,7 +1,7 @@
 //! The `nybble` section of a configuration: how a model is to be run, beyond what other programs know.
 //!
 //! ```text
-//! "nybble": {"version": 1, "created_by": "nybble 0.1.0", "run": {"softmax": "log2"}}
+//! "nybble": {"version": 1, "created_by": "nybble 0.1.0", "run": {"softmax": "log2", "tokens": {"ratio": 0.3}}}
 //! ```
 //!
 //! A key of `run` that is not known here changes results in a way that cannot be guessed, so it is refused by name.
@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::config::brief;
 use crate::error::{Error, Result};
+use crate::tokens::Policy;
 
 const FILE: &str = "config.json: nybble";
 
@@ -21,6 +22,8 @@ const VERSION: u64 = 1;
 pub struct Settings {
     /// Softmax outputs are powers of two with 4-bit exponents.
     pub log2_softmax: bool,
+    /// Which tokens of prompts are reduced.
+    pub tokens: Option<Policy>,
 }
 
 impl Settings {
@@ -55,8 +58,22 @@ impl Settings {
                 ("softmax", _) => {
                     return Err(Error::format(FILE, "run.softmax", "\"exact\" or \"log2\"", brief(value)));
                 }
+                ("tokens", _) if value.is_null() => settings.tokens = None,
+                ("tokens", _) => {
+                    let policy = Policy::read(value).map_err(|error| match error {
+                        Error::Argument { name, expected, found } => {
+                            Error::format(FILE, format!("run.{name}"), expected, found)
+                        }
+                        Error::Unsupported { item, detail } => {
+                            let detail = format!("{detail}; a newer nybble may have made the folder");
+                            Error::unsupported(format!("{FILE}: run.{item}"), detail)
+                        }
+                        error => error,
+                    })?;
+                    settings.tokens = Some(policy);
+                }
                 _ => {
-                    let detail = "softmax is read; a newer nybble may have made the folder";
+                    let detail = "softmax and tokens are read; a newer nybble may have made the folder";
                     return Err(Error::unsupported(format!("{FILE}: run.{key}"), detail));
                 }
             }
@@ -78,7 +95,12 @@ mod tests {
         assert_eq!(read(Value::Null).expect("none"), Settings::default());
         assert_eq!(read(json!({"version": 1, "created_by": "x"})).expect("good"), Settings::default());
         assert!(read(json!({"version": 1, "run": {"softmax": "log2"}})).expect("good").log2_softmax);
+        let tokens = read(json!({"version": 1, "run": {"tokens": {"ratio": 0.3}}})).expect("good").tokens;
+        assert_eq!(tokens, Some(Policy { ratio: 0.3, ..Policy::default() }));
+        assert_eq!(read(json!({"version": 1, "run": {"tokens": null}})).expect("good"), Settings::default());
         for (section, word) in [
+            (json!({"version": 1, "run": {"tokens": {"ratio": 1.0}}}), "run.tokens.ratio"),
+            (json!({"version": 1, "run": {"tokens": {"rate": 0.1}}}), "newer"),
             (json!(3), "an object"),
             (json!({}), "version"),
             (json!({"version": 2}), "newer"),

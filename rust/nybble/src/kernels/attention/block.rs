@@ -6,7 +6,7 @@ use half::f16;
 
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
 use super::softmax::{Cap, Merge, Running, Scale, Scores, Slope, Times, Weigh};
-use super::{Attention, Call, KEYS, KvType, Memory, SPAN, TASK_ROWS, Task};
+use super::{Attention, Call, KEYS, KvType, Memory, SPAN, Statistic, TASK_ROWS, Task, statistics};
 use crate::cpu::Isa;
 use crate::kernels::Columns;
 
@@ -56,6 +56,23 @@ impl<T: Tier> Attention for T {
             out.copy_from_slice(&total[..dim]);
             Tier::run(*self, Scale(out, 1.0 / running.sum));
         }
+    }
+
+    fn statistics(
+        &self,
+        call: &Call<'_>,
+        kv_head: usize,
+        queries: Range<usize>,
+        statistic: Statistic,
+        sums: &mut [f32],
+        memory: &mut Memory,
+    ) {
+        let run = match call.cache.kind() {
+            KvType::F32 => statistics::run::<T, f32>,
+            KvType::F16 => statistics::run::<T, f16>,
+            KvType::Int8 => statistics::run::<T, i8>,
+        };
+        run(*self, call, kv_head, queries, statistic, sums, memory);
     }
 }
 
@@ -155,7 +172,7 @@ pub(super) struct Rows<'a> {
 }
 
 impl<'a, T: Tier, E: Element> Job<'a, T, E> {
-    fn new(tier: T, call: &'a Call<'a>, task: &'a Task) -> Self {
+    pub(super) fn new(tier: T, call: &'a Call<'a>, task: &'a Task) -> Self {
         let job = Self {
             tier,
             call,

@@ -184,6 +184,11 @@ impl KvCache {
         self.keys.bytes() + self.values.bytes() + self.key_scales.bytes() + self.value_scales.bytes()
     }
 
+    /// Bytes of the positions held, without memory for more and without padding.
+    pub fn used_bytes(&self) -> usize {
+        self.len * self.kv_heads * (2 * self.head_dim * self.kind.bytes() + self.kind.scale_bytes())
+    }
+
     /// Number type of the elements.
     pub fn kind(&self) -> KvType {
         self.kind

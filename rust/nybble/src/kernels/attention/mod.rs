@@ -22,12 +22,14 @@ mod block;
 mod cache;
 mod log2;
 mod softmax;
+mod statistics;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 pub use cache::{KvCache, KvType};
+pub use statistics::{Statistic, statistics};
 
 use super::Columns;
 use super::elementwise::tiers::listed;
@@ -88,6 +90,17 @@ pub trait Attention: Sync {
     /// # Safety
     /// No other thread may access these rows of the output and of `partials` during the call.
     unsafe fn merge(&self, call: &Call<'_>, partials: Columns<'_>, rows: Range<usize>, memory: &mut Memory);
+
+    /// Computes one task of a call of [`statistics`]: adds what the given queries give with the heads of one key head.
+    fn statistics(
+        &self,
+        call: &Call<'_>,
+        kv_head: usize,
+        queries: Range<usize>,
+        statistic: Statistic,
+        sums: &mut [f32],
+        memory: &mut Memory,
+    );
 }
 
 /// The checked arguments of one call of [`attend`].
@@ -200,7 +213,10 @@ pub fn attend(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let width = check(shape, cache, q, q_stride, n, out)?;
+    let width = check(shape, cache, q, q_stride, n)?;
+    if n.checked_mul(width) != Some(out.len()) {
+        return Err(Error::argument("attention output", format!("{n} x {width} values"), out.len()));
+    }
     if n == 0 || width == 0 {
         return Ok(());
     }
@@ -234,37 +250,20 @@ pub fn attend(
     };
     // The last queries see the most keys. Starting with them, and giving each thread the next task when it is ready for it,
     // keeps all threads busy to the end; which thread computes a task does not change it.
-    let next = AtomicUsize::new(0);
-    let work_off = |worker: usize| {
-        let mut work = lock(&workers[worker]);
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= tasks {
-                break;
-            }
-            let (block, part) = (blocks - 1 - index / parts, index % parts);
-            let (part, span) = (part / span_pieces, part % span_pieces);
-            let (kv_head, piece) = (part / pieces, part % pieces);
-            let span_at = |i: usize| spans.start + spans.len() * i / span_pieces;
-            let task = Task {
-                kv_head,
-                heads: kv_head * group + piece * heads..kv_head * group + group.min((piece + 1) * heads),
-                queries: block * queries..n.min((block + 1) * queries),
-                spans: span_at(span)..span_at(span + 1),
-            };
-            // SAFETY: no two indices share a query, a head and a span.
-            unsafe { kernel.run(&call, task, &mut work) }
-        }
-    };
-    if threads == 1 {
-        work_off(0);
-    } else {
-        pool.run(&|worker| {
-            if worker < threads {
-                work_off(worker);
-            }
-        });
-    }
+    work_off(pool, workers, threads, tasks, &|index, work| {
+        let (block, part) = (blocks - 1 - index / parts, index % parts);
+        let (part, span) = (part / span_pieces, part % span_pieces);
+        let (kv_head, piece) = (part / pieces, part % pieces);
+        let span_at = |i: usize| spans.start + spans.len() * i / span_pieces;
+        let task = Task {
+            kv_head,
+            heads: kv_head * group + piece * heads..kv_head * group + group.min((piece + 1) * heads),
+            queries: block * queries..n.min((block + 1) * queries),
+            spans: span_at(span)..span_at(span + 1),
+        };
+        // SAFETY: no two indices share a query, a head and a span.
+        unsafe { kernel.run(&call, task, work) }
+    });
     if let Some(partials) = call.partials {
         // SAFETY: all tasks are done, and this is the only thread now.
         unsafe { kernel.merge(&call, partials, 0..rows, &mut lock(&workers[0])) }
@@ -298,15 +297,38 @@ fn cut(threads: usize, kv_heads: usize, group: usize, n: usize, spans: usize) ->
     Cut { heads, queries, spans: pieces }
 }
 
-/// Checks the arguments of [`attend`] and returns the width of a row of the output.
-fn check(
-    shape: &Shape<'_>,
-    cache: &KvCache,
-    q: &[f32],
-    q_stride: usize,
-    n: usize,
-    out: &[f32],
-) -> Result<usize> {
+/// Runs tasks `0..tasks` on `threads` threads, each with its own memory; a thread takes the next one when it is ready for it.
+fn work_off(
+    pool: &Pool,
+    workers: &[Mutex<Memory>],
+    threads: usize,
+    tasks: usize,
+    task: &(impl Fn(usize, &mut Memory) + Sync),
+) {
+    let next = AtomicUsize::new(0);
+    let run = |worker: usize| {
+        let mut work = lock(&workers[worker]);
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= tasks {
+                break;
+            }
+            task(index, &mut work);
+        }
+    };
+    if threads == 1 {
+        run(0);
+    } else {
+        pool.run(&|worker| {
+            if worker < threads {
+                run(worker);
+            }
+        });
+    }
+}
+
+/// Checks the arguments of [`attend`] but the output, and returns the width of a row of it.
+fn check(shape: &Shape<'_>, cache: &KvCache, q: &[f32], q_stride: usize, n: usize) -> Result<usize> {
     let wrong = |name: &str, expected: String, found: String| Err(Error::argument(name, expected, found));
     let Shape { heads, kv_heads, head_dim, .. } = *shape;
     if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
@@ -342,9 +364,6 @@ fn check(
     let needed = n.saturating_sub(1).checked_mul(q_stride).and_then(|last| last.checked_add(width));
     if n > 0 && needed.is_none_or(|needed| q.len() < needed) {
         return wrong("queries", format!("{n} rows of {width}, {q_stride} apart"), q.len().to_string());
-    }
-    if n.checked_mul(width) != Some(out.len()) {
-        return wrong("attention output", format!("{n} x {width} values"), out.len().to_string());
     }
     Ok(width)
 }

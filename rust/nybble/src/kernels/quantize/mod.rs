@@ -47,6 +47,20 @@ impl Rounding {
         if self.bits == 4 { 7 } else { 127 }
     }
 
+    /// The same with 4 bits and the same range of values; [`Activations::quantize_mixed`] has codes of both in one matrix.
+    #[must_use]
+    pub fn narrowed(self) -> Self {
+        let per = match self.per {
+            Granularity::Tensor(scale) => {
+                Granularity::Tensor(scale * (f32::from(self.largest()) / f32::from(Self::NARROW.largest())))
+            }
+            per @ (Granularity::Token | Granularity::Group) => per,
+        };
+        Self { per, ..Self::NARROW }
+    }
+
+    const NARROW: Self = Self { bits: 4, per: Granularity::Token };
+
     fn check(self) -> Result<()> {
         if !matches!(self.bits, 4 | 8) {
             return Err(Error::argument("bits of activations", "4 or 8", self.bits));
@@ -153,7 +167,30 @@ impl Activations {
         group: usize,
         rounding: Rounding,
     ) -> Result<()> {
+        self.quantize_mixed(pool, kernel, x, rows, cols, group, rounding, &[])
+    }
+
+    /// As [`Activations::quantize`], but the rows that `low` says so of have codes of 4 bits, -7 to 7, in the same range of
+    /// values. Nothing that reads the codes sees a difference: those of 4 bits are codes of 8 bits, too. `low` is empty or has
+    /// a flag for every row.
+    #[expect(clippy::too_many_arguments, reason = "a matrix is three of them")]
+    pub fn quantize_mixed(
+        &mut self,
+        pool: &Pool,
+        kernel: &dyn Quantize,
+        x: &[f32],
+        rows: usize,
+        cols: usize,
+        group: usize,
+        rounding: Rounding,
+        low: &[bool],
+    ) -> Result<()> {
         rounding.check()?;
+        let narrowed = rounding.narrowed();
+        narrowed.check()?;
+        if !low.is_empty() && low.len() != rows {
+            return Err(Error::argument("rows of 4 bits", format!("{rows} flags or none"), low.len()));
+        }
         let (group, groups) = grouping("activations", cols, group)?;
         if rows.checked_mul(cols) != Some(x.len()) {
             return Err(Error::argument("activations", format!("{rows} x {cols} values"), x.len()));
@@ -174,6 +211,7 @@ impl Activations {
             for r in range {
                 // SAFETY: the buffers were just given `rows` rows, and a row is converted by one thread, once.
                 let out = unsafe { bases.row(r, stride, groups) };
+                let rounding = if low.get(r) == Some(&true) { narrowed } else { rounding };
                 kernel.row(&x[r * cols..][..cols], group, rounding, out);
             }
         };
@@ -200,7 +238,7 @@ impl Activations {
         self.group
     }
 
-    /// Bits of a code: 8, or 4 for codes from -7 to 7.
+    /// Bits of a code: 8, or 4 for codes from -7 to 7. Of 8 bits some rows may use 4 only.
     pub fn bits(&self) -> u32 {
         self.bits
     }
