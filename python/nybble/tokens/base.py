@@ -42,7 +42,8 @@ class TokenPolicy:
         is next to nothing to gain.
     positions
         Of the tokens that stay: ``"kept"`` as in the text, or ``"renumbered"`` in each layer.
-        Models with ALiBi or sliding windows need the latter.
+        Models with ALiBi or sliding windows need the latter; to models with learned positions,
+        which are added before the first layer, both are the same.
     action
         ``"drop"``, or ``"4bit"``: all tokens stay, but the inputs of the linears behind attention
         are rounded to 4 bits instead of 8 for those that score lowest.
