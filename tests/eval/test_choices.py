@@ -187,6 +187,7 @@ def test_logits_that_are_no_numbers_are_an_error(tiny):
         path = "broken"
         context = 512
         tokenizer = tiny.tokenizer
+        info = tiny.info
 
         def session(self):
             return self
