@@ -195,7 +195,7 @@ def test_logits_that_are_no_numbers_are_an_error(tiny):
         def rewind(self, prompt):
             return prompt
 
-        def forward(self, ids, want):
+        def forward(self, ids, want, **_):
             return np.full((1, tiny.vocab_size), math.nan, dtype=np.float32)
 
     with pytest.raises(FormatError, match="broken: the model's logits are not finite"):
