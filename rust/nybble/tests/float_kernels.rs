@@ -39,6 +39,9 @@ tests! {
     attention_avx2 => check_attention(Avx2);
     attention_avx512vnni => check_attention(Avx512Vnni);
     attention_neon => check_attention(Neon);
+    log2_scalar => check_log2(Scalar);
+    log2_avx2 => check_log2(Avx2);
+    log2_neon => check_log2(Neon);
     attention_chunks_scalar => check_chunks(Scalar);
     attention_chunks_avx2 => check_chunks(Avx2);
     attention_chunks_avx512vnni => check_chunks(Avx512Vnni);
@@ -378,6 +381,12 @@ fn cases() -> Vec<Case> {
         window: Some(33),
         ..Case::new(4, 2, 24, KvType::F16, 130)
     });
+    list
+}
+
+/// Weights that are powers of two. On AVX-512 they run the portable code, which `scalar` tests.
+fn log2_cases() -> Vec<Case> {
+    let mut list = Vec::new();
     for (kind, len) in [(KvType::F32, 1), (KvType::F16, 64), (KvType::Int8, 65), (KvType::F16, 330)] {
         list.push(Case { log2: true, ..Case::new(6, 2, 24, kind, len) });
     }
@@ -385,9 +394,24 @@ fn cases() -> Vec<Case> {
     list
 }
 
+fn check_log2(isa: Isa) {
+    check_cases(isa, log2_cases());
+    check_chunks_of(
+        isa,
+        vec![
+            Case { log2: true, ..Case::new(9, 3, 16, KvType::F16, 530) },
+            Case { log2: true, window: Some(50), ..Case::new(6, 2, 24, KvType::Int8, 200) },
+        ],
+    );
+}
+
 fn check_attention(isa: Isa) {
+    check_cases(isa, cases());
+}
+
+fn check_cases(isa: Isa, cases: Vec<Case>) {
     let (kernel, scalar) = pair(&attention::kernels(), |k| k.isa(), isa);
-    for case in cases() {
+    for case in cases {
         let what = format!(
             "{} heads, {} shared, of {}, {} positions, {:?}, window {:?}",
             case.heads, case.kv_heads, case.dim, case.len, case.kind, case.window
@@ -408,9 +432,8 @@ fn check_attention(isa: Isa) {
 }
 
 fn check_chunks(isa: Isa) {
-    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
     let slopes = Some(vec![0.5; 9]);
-    for case in [
+    let cases = vec![
         Case::new(9, 3, 64, KvType::F32, 200),
         Case::new(9, 3, 64, KvType::F16, 200),
         Case::new(9, 3, 64, KvType::Int8, 200),
@@ -420,9 +443,13 @@ fn check_chunks(isa: Isa) {
         // Several spans: alone, a token's are separate tasks.
         Case::new(9, 3, 16, KvType::F16, 530),
         Case { window: Some(300), ..Case::new(6, 2, 24, KvType::F32, 530) },
-        Case { log2: true, ..Case::new(9, 3, 16, KvType::F16, 530) },
-        Case { log2: true, window: Some(50), ..Case::new(6, 2, 24, KvType::Int8, 200) },
-    ] {
+    ];
+    check_chunks_of(isa, cases);
+}
+
+fn check_chunks_of(isa: Isa, cases: Vec<Case>) {
+    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
+    for case in cases {
         let together = case.run(kernel, 1, &[case.len]);
         for threads in [1, 2, 5] {
             for chunks in [&[7, 193][..], &[1], &[64, 1, 5, 63, 67], &[100], &[511, 2]] {
