@@ -5,9 +5,12 @@
 
 #![allow(clippy::float_cmp)] // equality to the bit is the point
 
+mod common;
+
+use common::{GROUPS_OF_8, KINDS, Kind, Random, SHAPES, activations, bits, scalar_quantize, tier};
 use nybble::cpu::Isa;
 use nybble::error::Error;
-use nybble::kernels::quantize::{self, Activations, Granularity, Quantize, Rounding};
+use nybble::kernels::quantize::{Activations, Granularity, Rounding};
 use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a4, w4a4_trip, w4a8, w8a8};
 use nybble::pack::{IntSource, Layout, Packed};
 use nybble::threads::Pool;
@@ -16,72 +19,6 @@ use proptest::prelude::*;
 /// Numbers of activation rows; the last is the largest.
 const ROWS: [usize; 8] = [0, 1, 2, 3, 5, 8, 9, 17];
 const OUTPUTS: [usize; 7] = [0, 1, 15, 16, 17, 33, 64];
-/// Columns and group; equal means one scale a row.
-const SHAPES: [(usize, usize); 15] = [
-    (1, 1),
-    (31, 31),
-    (31, 32),
-    (32, 32),
-    (33, 32),
-    (64, 32),
-    (64, 64),
-    (64, 128),
-    (96, 32),
-    (96, 64),
-    (100, 100),
-    (576, 32),
-    (576, 64),
-    (576, 128),
-    (576, 576),
-];
-
-/// What weights, scales and activations look like.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
-    Random,
-    AllMin,
-    AllMax,
-    /// The extremes that make every product positive and as large as possible.
-    Alternating,
-    Zeros,
-    /// NaN and infinities among the activations, zeros among the scales.
-    NotFinite,
-    /// Scales far outside f16's range.
-    OddScales,
-}
-
-const KINDS: [Kind; 7] = [
-    Kind::Random,
-    Kind::AllMin,
-    Kind::AllMax,
-    Kind::Alternating,
-    Kind::Zeros,
-    Kind::NotFinite,
-    Kind::OddScales,
-];
-
-/// Deterministic numbers (`SplitMix64`).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    /// From -1 to 1.
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    /// A positive number f16 holds exactly.
-    fn scale(&mut self) -> f32 {
-        (1 + self.next() % 1023) as f32 / 4096.0
-    }
-}
-
 /// Integer weights before packing, one byte a code.
 struct Weights {
     bits: u32,
@@ -192,39 +129,12 @@ impl Weights {
     }
 }
 
-/// `rows` rows of activations; the first ones are the same for every `rows`.
-fn activations(rows: usize, cols: usize, kind: Kind) -> Vec<f32> {
-    let mut random = Random(cols as u64);
-    let value = |i: usize, random: &mut Random| match kind {
-        Kind::AllMin => -1.5,
-        Kind::AllMax => 1.5,
-        Kind::Alternating => [2.0, -2.0][i % cols % 2],
-        Kind::Zeros => 0.0,
-        Kind::NotFinite if i / cols % 4 != 3 && i % cols == cols / 2 => {
-            [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][i / cols % 4]
-        }
-        _ => random.unit() * 3.0,
-    };
-    (0..rows * cols).map(|i| value(i, &mut random)).collect()
-}
-
-const GROUPS_OF_8: Rounding = Rounding { bits: 8, per: Granularity::Group };
-
 fn quantized(w: &Weights, rows: usize, kind: Kind, rounding: Rounding) -> Activations {
     let pool = Pool::new(1).expect("a pool");
     let mut x = Activations::new();
     x.quantize(&pool, scalar_quantize(), &activations(rows, w.cols, kind), rows, w.cols, w.group, rounding)
         .expect("good activations");
     x
-}
-
-fn scalar_quantize() -> &'static dyn Quantize {
-    quantize::kernels()[0]
-}
-
-/// Bits with all NaNs made equal: which NaN an operation gives is not defined.
-fn bits(y: &[f32]) -> Vec<u32> {
-    y.iter().map(|v| if v.is_nan() { f32::NAN } else { *v }.to_bits()).collect()
 }
 
 /// Runs the matmul into the middle of a wider matrix, and checks that nothing around it was written.
@@ -241,15 +151,6 @@ fn multiply(pool: &Pool, kernel: &dyn IntMatmul, w: &Packed, x: &Activations) ->
         inside.extend_from_slice(row);
     }
     inside
-}
-
-/// The kernel of a tier, or a note that there is none.
-fn tier<T: ?Sized>(list: Vec<&'static T>, isa_of: impl Fn(&T) -> Isa, isa: Isa) -> Option<&'static T> {
-    let kernel = list.into_iter().find(|k| isa_of(k) == isa);
-    if kernel.is_none() {
-        eprintln!("skipped: this CPU has no {}", isa.name());
-    }
-    kernel
 }
 
 /// All sizes and inputs; any number of rows together gives the rows that `scalar` computes one by one.
@@ -304,49 +205,8 @@ fn check_threads(
     }
 }
 
-/// Every way to round.
-fn roundings() -> [Rounding; 6] {
-    let pers = [Granularity::Token, Granularity::Group, Granularity::Tensor(0.011)];
-    std::array::from_fn(|i| Rounding { bits: [8, 4][i / 3], per: pers[i % 3] })
-}
-
-/// Codes, scales and sums are those of `scalar`, for every shape and input, on any number of threads.
-fn check_quantize(isa: Isa) {
-    let Some(kernel) = tier(quantize::kernels(), Quantize::isa, isa) else { return };
-    let pools = [1, 2, 3].map(|threads| Pool::new(threads).expect("a pool"));
-    let (mut x, mut expected) = (Activations::new(), Activations::new());
-    for rounding in roundings() {
-        for (cols, group) in SHAPES.into_iter().chain([(16_384, 128)]) {
-            for (rows, pool) in
-                [(3, &pools[0]), (0, &pools[1]), (1, &pools[1]), (2, &pools[1]), (17, &pools[2])]
-            {
-                let inputs = KINDS.map(|kind| activations(rows, cols, kind));
-                let mut random = Random(7);
-                let halves =
-                    (0..rows * cols).map(|i| if i % 32 == 0 { 127.0 } else { (i % 255) as f32 / 2.0 - 63.0 });
-                let tiny = (0..rows * cols).map(|i| random.unit() * [1e-38, 1e-36, 2e-36, 1e-45][i / 32 % 4]);
-                let huge = (0..rows * cols).map(|i| [f32::MAX, -f32::MAX, 1.0, 1e38][i % 4]);
-                let more: [Vec<f32>; 3] = [halves.collect(), tiny.collect(), huge.collect()];
-                for input in inputs.iter().chain(&more) {
-                    x.quantize(pool, kernel, input, rows, cols, group, rounding).expect("good input");
-                    expected
-                        .quantize(&pools[0], scalar_quantize(), input, rows, cols, group, rounding)
-                        .expect("good input");
-                    assert_eq!((x.rows(), x.cols(), x.group()), (rows, cols, expected.group()));
-                    for r in 0..rows {
-                        assert_eq!(x.codes(r), expected.codes(r), "row {r} of {rows} x {cols}");
-                        assert_eq!(bits(x.scales(r)), bits(expected.scales(r)), "row {r} of {rows} x {cols}");
-                        assert_eq!(x.sums(r), expected.sums(r), "row {r} of {rows} x {cols}");
-                        assert!(x.codes(r)[cols..].iter().all(|&c| c == 0), "padding");
-                    }
-                }
-            }
-        }
-    }
-}
-
 macro_rules! tiers {
-    ($($isa:ident: $w4a8:ident $w8a8:ident $w4a4:ident $trip:ident $($quantize:ident)?;)*) => { $(
+    ($($isa:ident: $w4a8:ident $w8a8:ident $w4a4:ident $trip:ident;)*) => { $(
         #[test]
         fn $w4a8() {
             check_matmul(w4a8::kernels, [4, 8], Isa::$isa);
@@ -371,117 +231,17 @@ macro_rules! tiers {
             check_threads(w4a4_trip::kernels, [4, 4], Isa::$isa);
         }
 
-        $(#[test]
-        fn $quantize() {
-            check_quantize(Isa::$isa);
-        })?
     )* };
 }
 
 tiers! {
-    Scalar: w4a8_scalar w8a8_scalar w4a4_scalar w4a4_trip_scalar quantize_scalar;
-    Avx2: w4a8_avx2 w8a8_avx2 w4a4_avx2 w4a4_trip_avx2 quantize_avx2;
+    Scalar: w4a8_scalar w8a8_scalar w4a4_scalar w4a4_trip_scalar;
+    Avx2: w4a8_avx2 w8a8_avx2 w4a4_avx2 w4a4_trip_avx2;
     AvxVnni: w4a8_avxvnni w8a8_avxvnni w4a4_avxvnni w4a4_trip_avxvnni;
-    Avx512Vnni: w4a8_avx512vnni w8a8_avx512vnni w4a4_avx512vnni w4a4_trip_avx512vnni quantize_avx512vnni;
+    Avx512Vnni: w4a8_avx512vnni w8a8_avx512vnni w4a4_avx512vnni w4a4_trip_avx512vnni;
     Neon: w4a8_neon w8a8_neon w4a4_neon w4a4_trip_neon;
     NeonDotprod: w4a8_neon_dotprod w8a8_neon_dotprod w4a4_neon_dotprod w4a4_trip_neon_dotprod;
     NeonI8mm: w4a8_neon_i8mm w8a8_neon_i8mm w4a4_neon_i8mm w4a4_trip_neon_i8mm;
-}
-
-#[test]
-fn rows_of_four_bits_stand_among_rows_of_eight() {
-    let (rows, cols) = (6, 96);
-    let pool = Pool::new(2).expect("a pool");
-    let input = activations(rows, cols, Kind::Random);
-    let low = [false, true, true, false, true, false];
-    for kernel in quantize::kernels() {
-        for (per, per_of_low) in [
-            (Granularity::Token, Granularity::Token),
-            (Granularity::Group, Granularity::Group),
-            (Granularity::Tensor(0.01), Granularity::Tensor(0.01 * (127.0 / 7.0))),
-        ] {
-            let rounded = |rounding, low: &[bool]| {
-                let mut x = Activations::new();
-                x.quantize_mixed(&pool, kernel, &input, rows, cols, 32, rounding, low).map(|()| x)
-            };
-            let eight = Rounding { bits: 8, per };
-            let all_low = rounded(Rounding { bits: 4, per: per_of_low }, &[]).expect("good input");
-            let none_low = rounded(eight, &[]).expect("good input");
-            let mixed = rounded(eight, &low).expect("good input");
-            assert_eq!(mixed.bits(), 8);
-            for (r, &low) in low.iter().enumerate() {
-                let expected = if low { &all_low } else { &none_low };
-                assert_eq!(mixed.codes(r), expected.codes(r), "{per:?}, row {r}");
-                assert_eq!(mixed.scales(r), expected.scales(r), "{per:?}, row {r}");
-                assert_eq!(mixed.sums(r), expected.sums(r), "{per:?}, row {r}");
-                assert!(!low || mixed.codes(r).iter().all(|code| code.abs() <= 7));
-            }
-            assert!(rounded(eight, &low[1..]).is_err());
-        }
-    }
-}
-
-#[test]
-fn quantize_scalar_follows_its_definition() {
-    let pool = Pool::new(1).expect("a pool");
-    for rounding in roundings() {
-        for (cols, group) in SHAPES {
-            let input = activations(3, cols, Kind::Random);
-            let mut x = Activations::new();
-            x.quantize(&pool, scalar_quantize(), &input, 3, cols, group, rounding).expect("good input");
-            for r in 0..3 {
-                let row = &input[r * cols..][..cols];
-                for (g, part) in row.chunks(group).enumerate() {
-                    let levels = if rounding.bits == 4 { 7.0 } else { 127.0 };
-                    let largest = |over: &[f32]| over.iter().fold(0f32, |a, b| a.max(b.abs()));
-                    let scale = match rounding.per {
-                        Granularity::Token => largest(row) / levels,
-                        Granularity::Group => largest(part) / levels,
-                        Granularity::Tensor(scale) => scale,
-                    };
-                    let code = |v: &f32| {
-                        (v.clamp(-levels * scale, levels * scale) * (1.0 / scale)).round_ties_even()
-                    };
-                    let codes: Vec<i8> = part.iter().map(|v| code(v) as i8).collect();
-                    assert!(codes.iter().all(|code| f32::from(code.abs()) <= levels));
-                    assert_eq!(x.scales(r)[g].to_bits(), scale.to_bits());
-                    assert_eq!(&x.codes(r)[g * group..][..part.len()], codes);
-                    assert_eq!(x.sums(r)[g], codes.iter().map(|&c| i32::from(c)).sum::<i32>());
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn quantize_marks_what_has_no_scale() {
-    let pool = Pool::new(1).expect("a pool");
-    let mut x = Activations::new();
-    let mut input = vec![1.0; 96];
-    input[3] = f32::NAN;
-    input[32..64].fill(1e-40);
-    x.quantize(&pool, scalar_quantize(), &input, 1, 96, 32, GROUPS_OF_8).expect("good shape");
-    assert!(x.scales(0)[0].is_nan() && x.scales(0)[1] == 0.0 && x.scales(0)[2] == 1.0 / 127.0);
-    assert_eq!(x.sums(0), [0, 0, 127 * 32]);
-    for (rows, cols, group) in
-        [(1, 95, 32), (2, 96, 32), (1, 96, 0), (1, 96, 33), (1, 0, 32), (usize::MAX, 96, 32)]
-    {
-        assert!(x.quantize(&pool, scalar_quantize(), &input, rows, cols, group, GROUPS_OF_8).is_err());
-    }
-}
-
-#[test]
-fn roundings_that_mean_nothing_are_errors() {
-    let pool = Pool::new(1).expect("a pool");
-    let mut x = Activations::new();
-    let scales = [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-40].map(|scale| (8, Granularity::Tensor(scale)));
-    for (bits, per) in scales.into_iter().chain([(3, Granularity::Token), (16, Granularity::Group)]) {
-        let rounding = Rounding { bits, per };
-        assert!(
-            x.quantize(&pool, scalar_quantize(), &[1.0; 32], 1, 32, 32, rounding).is_err(),
-            "{rounding:?}"
-        );
-    }
 }
 
 #[test]

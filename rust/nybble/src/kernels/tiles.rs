@@ -227,4 +227,26 @@ macro_rules! block_by_rows {
     };
 }
 
-pub(crate) use {block_by_rows, int_matmul_kernel};
+/// The kernels of the calling module, which has a file for every tier, as far as this CPU allows them, lowest tier first.
+macro_rules! kernel_of_every_tier {
+    () => {{
+        let all: &[Option<&'static dyn $crate::kernels::IntMatmul>] = &[
+            Some(&scalar::Scalar),
+            #[cfg(target_arch = "x86_64")]
+            avx2::kernel(),
+            #[cfg(target_arch = "x86_64")]
+            avxvnni::kernel(),
+            #[cfg(target_arch = "x86_64")]
+            avx512vnni::kernel(),
+            #[cfg(target_arch = "aarch64")]
+            neon::kernel(),
+            #[cfg(target_arch = "aarch64")]
+            neon_dotprod::kernel(),
+            #[cfg(target_arch = "aarch64")]
+            neon_i8mm::kernel(),
+        ];
+        all.iter().copied().flatten().collect()
+    }};
+}
+
+pub(crate) use {block_by_rows, int_matmul_kernel, kernel_of_every_tier};

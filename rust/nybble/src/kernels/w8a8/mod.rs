@@ -18,23 +18,9 @@ mod neon_i8mm;
 mod scalar;
 
 use super::IntMatmul;
+use super::tiles::kernel_of_every_tier;
 
 /// All implementations this CPU allows, lowest tier first.
 pub fn kernels() -> Vec<&'static dyn IntMatmul> {
-    let all: &[Option<&'static dyn IntMatmul>] = &[
-        Some(&scalar::Scalar),
-        #[cfg(target_arch = "x86_64")]
-        avx2::kernel(),
-        #[cfg(target_arch = "x86_64")]
-        avxvnni::kernel(),
-        #[cfg(target_arch = "x86_64")]
-        avx512vnni::kernel(),
-        #[cfg(target_arch = "aarch64")]
-        neon::kernel(),
-        #[cfg(target_arch = "aarch64")]
-        neon_dotprod::kernel(),
-        #[cfg(target_arch = "aarch64")]
-        neon_i8mm::kernel(),
-    ];
-    all.iter().copied().flatten().collect()
+    kernel_of_every_tier!()
 }

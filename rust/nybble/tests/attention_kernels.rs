@@ -1,0 +1,419 @@
+//! Attention of every tier against `scalar` (the same bits) and against a plain computation in double precision.
+
+#![allow(clippy::float_cmp)] // the same bits are what is asked for
+#![allow(clippy::redundant_closure_for_method_calls)] // the method's own path is longer
+
+mod common;
+
+use common::{Random, assert_same_bits, pair, pool, tests};
+use half::f16;
+use nybble::cpu::Isa;
+use nybble::kernels::attention::{
+    self, Attention, KvCache, KvType, Scratch, Shape, Statistic, attend, statistics,
+};
+
+tests! {
+    attention_scalar => check_attention(Scalar);
+    attention_avx2 => check_attention(Avx2);
+    attention_avx512vnni => check_attention(Avx512Vnni);
+    attention_neon => check_attention(Neon);
+    log2_scalar => check_log2(Scalar);
+    log2_avx2 => check_log2(Avx2);
+    log2_neon => check_log2(Neon);
+    attention_chunks_scalar => check_chunks(Scalar);
+    attention_chunks_avx2 => check_chunks(Avx2);
+    attention_chunks_avx512vnni => check_chunks(Avx512Vnni);
+    attention_chunks_neon => check_chunks(Neon);
+    attention_non_finite_scalar => check_non_finite(Scalar);
+    attention_non_finite_avx2 => check_non_finite(Avx2);
+    attention_non_finite_avx512vnni => check_non_finite(Avx512Vnni);
+    attention_non_finite_neon => check_non_finite(Neon);
+    statistics_scalar => check_statistics(Scalar);
+    statistics_avx2 => check_statistics(Avx2);
+    statistics_avx512vnni => check_statistics(Avx512Vnni);
+    statistics_neon => check_statistics(Neon);
+}
+
+/// Queries, keys and values of a sequence, and how a layer attends to it.
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    kind: KvType,
+    window: Option<usize>,
+    alibi: Option<Vec<f32>>,
+    softcap: Option<f32>,
+    log2: bool,
+    len: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Case {
+    fn new(heads: usize, kv_heads: usize, dim: usize, kind: KvType, len: usize) -> Self {
+        let mut numbers = Random((heads * 1000 + dim * 10 + len) as u64);
+        let mut wide = |n: usize| numbers.take(n).iter().map(|x| x * 3.0).collect();
+        let (q, k, v) = (wide(len * heads * dim), wide(len * kv_heads * dim), wide(len * kv_heads * dim));
+        Self {
+            heads,
+            kv_heads,
+            dim,
+            kind,
+            window: None,
+            alibi: None,
+            softcap: None,
+            log2: false,
+            len,
+            q,
+            k,
+            v,
+        }
+    }
+
+    fn shape(&self) -> Shape<'_> {
+        Shape {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.dim,
+            scale: 1.0 / (self.dim as f32).sqrt(),
+            window: self.window,
+            alibi: self.alibi.as_deref(),
+            softcap: self.softcap,
+            log2: self.log2,
+        }
+    }
+
+    /// Attention of the whole sequence, `chunks` positions at a time (the last is repeated).
+    fn run(&self, kernel: &dyn Attention, threads: usize, chunks: &[usize]) -> Vec<f32> {
+        let pool = pool(threads);
+        let (width, kv_width) = (self.heads * self.dim, self.kv_heads * self.dim);
+        let mut cache = KvCache::new(self.kv_heads, self.dim, self.kind);
+        let mut scratch = Scratch::new();
+        let mut out = vec![0.0; self.len * width];
+        let mut sizes = chunks.iter();
+        let mut size = 1;
+        let mut at = 0;
+        while at < self.len {
+            size = *sizes.next().unwrap_or(&size);
+            let n = size.min(self.len - at);
+            let kv = at * kv_width..;
+            cache.append(&pool, &self.k[kv.clone()], &self.v[kv], n, kv_width).expect("room");
+            let out = &mut out[at * width..(at + n) * width];
+            attend(&pool, kernel, &self.shape(), &cache, &self.q[at * width..], width, n, out, &mut scratch)
+                .expect("attends");
+            at += n;
+        }
+        out
+    }
+
+    /// What the cache holds of one position's key or value in a head.
+    fn stored(&self, row: &[f32]) -> Vec<f64> {
+        let top = row.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
+        let scale = top / 127.0;
+        let held = |&x: &f32| match self.kind {
+            KvType::F32 => f64::from(x),
+            KvType::F16 => f64::from(f16::from_f32(x).to_f32()),
+            KvType::Int8 => f64::from((x * (1.0 / scale)).round_ties_even() * scale),
+        };
+        row.iter().map(held).collect()
+    }
+
+    /// Where position `j`'s key or value of the head that query head `h` shares is.
+    fn row(&self, h: usize, j: usize) -> std::ops::Range<usize> {
+        let first = j * self.kv_heads * self.dim + h / (self.heads / self.kv_heads) * self.dim;
+        first..first + self.dim
+    }
+
+    /// The first position that query `i` sees.
+    fn first(&self, i: usize) -> usize {
+        self.window.map_or(0, |window| (i + 1).saturating_sub(window))
+    }
+
+    /// The exact softmax of one query and head, over the positions it sees, in double precision.
+    fn probabilities(&self, i: usize, h: usize) -> Vec<f64> {
+        let q = &self.q[(i * self.heads + h) * self.dim..][..self.dim];
+        let scores: Vec<f64> = (self.first(i)..=i)
+            .map(|j| {
+                let key = self.stored(&self.k[self.row(h, j)]);
+                let dot: f64 = q.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
+                let score = dot * f64::from(self.shape().scale);
+                let score =
+                    self.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                score + self.alibi.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]) * j as f64)
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        scores.iter().map(|s| (s - max).exp() / sum).collect()
+    }
+
+    /// The definition, in double precision, for one query: its outputs, and how far off each may be.
+    ///
+    /// Weights that are powers of two jump, so a weight so near to the jump that rounding decides may be either; and values
+    /// are rounded to half a step of their scale.
+    fn exact(&self, i: usize) -> Vec<(f64, f64)> {
+        let mut out = Vec::new();
+        for h in 0..self.heads {
+            let exact = self.probabilities(i, h);
+            let values: Vec<Vec<f64>> =
+                (self.first(i)..=i).map(|j| self.stored(&self.v[self.row(h, j)])).collect();
+            let power = |p: f64| if (-p.log2()).round() > 15.0 { 0.0 } else { (-(-p.log2()).round()).exp2() };
+            let weights: Vec<f64> = exact.iter().map(|&p| if self.log2 { power(p) } else { p }).collect();
+            for d in 0..self.dim {
+                let weighed = weights.iter().zip(&values).map(|(w, v)| w * v[d]).sum();
+                let mut bound = 1e-5; // outputs are means of values up to 3
+                if self.log2 {
+                    for ((p, w), v) in exact.iter().zip(&weights).zip(&values) {
+                        let largest = values.iter().flatten().fold(0.0, |top: f64, v| top.max(v.abs()));
+                        bound += w * largest / 127.0 / 2.0 * 1.01;
+                        let other = [power(p * 0.9999), power(p * 1.0001)];
+                        bound += other.map(|other| (other - w).abs()).iter().sum::<f64>() * v[d].abs();
+                    }
+                }
+                out.push((weighed, bound));
+            }
+        }
+        out
+    }
+}
+
+/// Sequences that cover head shapes, lengths around the block size, windows, slopes and caps.
+fn cases() -> Vec<Case> {
+    let mut list = Vec::new();
+    for (i, &dim) in [8, 16, 64, 80, 128, 256].iter().enumerate() {
+        for (j, &(heads, kv_heads)) in [(1, 1), (9, 3), (4, 1), (2, 2)].iter().enumerate() {
+            let kind = [KvType::F32, KvType::F16, KvType::Int8][(i + j) % 3];
+            list.push(Case::new(heads, kv_heads, dim, kind, [1, 63, 65, 130][(i + j) % 4]));
+        }
+    }
+    for len in [1, 63, 64, 65, 200, 513] {
+        list.push(Case::new(3, 1, 16, KvType::F32, len));
+    }
+    for (window, len) in [(1, 70), (5, 70), (64, 200), (100, 200), (1000, 100)] {
+        list.push(Case { window: Some(window), ..Case::new(6, 2, 16, KvType::F16, len) });
+    }
+    let slopes = Some(vec![0.5, 0.25, 0.125, 0.0625]);
+    list.push(Case { alibi: slopes.clone(), ..Case::new(4, 4, 16, KvType::F32, 200) });
+    list.push(Case { softcap: Some(5.0), ..Case::new(4, 2, 32, KvType::F32, 130) });
+    list.push(Case {
+        alibi: slopes,
+        softcap: Some(20.0),
+        window: Some(33),
+        ..Case::new(4, 2, 24, KvType::F16, 130)
+    });
+    list
+}
+
+/// Weights that are powers of two. On AVX-512 they run the portable code, which `scalar` tests.
+fn log2_cases() -> Vec<Case> {
+    let mut list = Vec::new();
+    for (kind, len) in [(KvType::F32, 1), (KvType::F16, 64), (KvType::Int8, 65), (KvType::F16, 330)] {
+        list.push(Case { log2: true, ..Case::new(6, 2, 24, kind, len) });
+    }
+    list.push(Case { log2: true, window: Some(40), ..Case::new(9, 3, 64, KvType::F32, 130) });
+    list
+}
+
+fn check_log2(isa: Isa) {
+    check_cases(isa, log2_cases());
+    check_chunks_of(
+        isa,
+        vec![
+            Case { log2: true, ..Case::new(9, 3, 16, KvType::F16, 530) },
+            Case { log2: true, window: Some(50), ..Case::new(6, 2, 24, KvType::Int8, 200) },
+        ],
+    );
+}
+
+fn check_attention(isa: Isa) {
+    check_cases(isa, cases());
+}
+
+fn check_cases(isa: Isa, cases: Vec<Case>) {
+    let (kernel, scalar) = pair(&attention::kernels(), |k| k.isa(), isa);
+    for case in cases {
+        let what = format!(
+            "{} heads, {} shared, of {}, {} positions, {:?}, window {:?}",
+            case.heads, case.kv_heads, case.dim, case.len, case.kind, case.window
+        );
+        let together = case.run(kernel, 1, &[case.len]);
+        assert_same_bits(&case.run(kernel, 3, &[case.len]), &together, &what);
+        if isa != Isa::Scalar {
+            assert_same_bits(&together, &case.run(scalar, 1, &[case.len]), &what);
+        }
+        let width = case.heads * case.dim;
+        for i in (0..case.len).step_by(7).chain([case.len - 1]) {
+            for (d, (exact, bound)) in case.exact(i).into_iter().enumerate() {
+                let error = (f64::from(together[i * width + d]) - exact).abs();
+                assert!(error < bound, "{what}: query {i}, output {d} is wrong by {error}, not {bound}");
+            }
+        }
+    }
+}
+
+fn check_chunks(isa: Isa) {
+    let slopes = Some(vec![0.5; 9]);
+    let cases = vec![
+        Case::new(9, 3, 64, KvType::F32, 200),
+        Case::new(9, 3, 64, KvType::F16, 200),
+        Case::new(9, 3, 64, KvType::Int8, 200),
+        Case { window: Some(50), softcap: Some(9.0), ..Case::new(6, 2, 24, KvType::Int8, 200) },
+        Case { window: Some(50), ..Case::new(9, 3, 16, KvType::F32, 200) },
+        Case { alibi: slopes, softcap: Some(9.0), ..Case::new(9, 1, 8, KvType::F16, 200) },
+        // Several spans: alone, a token's are separate tasks.
+        Case::new(9, 3, 16, KvType::F16, 530),
+        Case { window: Some(300), ..Case::new(6, 2, 24, KvType::F32, 530) },
+    ];
+    check_chunks_of(isa, cases);
+}
+
+fn check_chunks_of(isa: Isa, cases: Vec<Case>) {
+    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
+    for case in cases {
+        let together = case.run(kernel, 1, &[case.len]);
+        for threads in [1, 2, 5] {
+            for chunks in [&[7, 193][..], &[1], &[64, 1, 5, 63, 67], &[100], &[511, 2]] {
+                let what = format!("{threads} threads, chunks {chunks:?}");
+                assert_same_bits(&case.run(kernel, threads, chunks), &together, &what);
+            }
+        }
+    }
+}
+
+fn measure(
+    case: &Case,
+    kernel: &dyn Attention,
+    threads: usize,
+    n: usize,
+    statistic: Statistic,
+) -> nybble::Result<Vec<f32>> {
+    let (pool, kv_width, width) = (pool(threads), case.kv_heads * case.dim, case.heads * case.dim);
+    let mut cache = KvCache::new(case.kv_heads, case.dim, case.kind);
+    cache.append(&pool, &case.k, &case.v, case.len, kv_width)?;
+    let mut out = vec![7.0; 3];
+    let (q, mut scratch) = (&case.q[case.len.saturating_sub(n) * width..], Scratch::new());
+    statistics(&pool, kernel, &case.shape(), &cache, q, width, n, statistic, &mut out, &mut scratch)?;
+    Ok(out)
+}
+
+fn check_statistics(isa: Isa) {
+    let (kernel, scalar) = pair(&attention::kernels(), |k| k.isa(), isa);
+    // More queries than a piece, and more heads on one key head than a task takes.
+    let more = [Case::new(3, 1, 16, KvType::F16, 700), Case::new(70, 1, 8, KvType::F32, 40)];
+    for case in cases().into_iter().chain(more) {
+        let exact: Vec<Vec<Vec<f64>>> =
+            (0..case.len).map(|i| (0..case.heads).map(|h| case.probabilities(i, h)).collect()).collect();
+        for n in [case.len, case.len.div_ceil(2), 1] {
+            let queries = case.len - n..case.len;
+            let what = format!("{} heads of {}, {n} of {}, {:?}", case.heads, case.dim, case.len, case.kind);
+            let check = |statistic, expected: Vec<f64>| {
+                let found = measure(&case, kernel, 1, n, statistic).expect("measures");
+                assert_eq!(found.len(), expected.len(), "{what}");
+                for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    let error = (f64::from(*found) - expected).abs();
+                    assert!(
+                        error < 2e-5 * expected.max(1.0),
+                        "{what}: {statistic:?} {i}: {found}, {expected}"
+                    );
+                }
+                let shared = measure(&case, kernel, 3, n, statistic).expect("measures");
+                assert_same_bits(&shared, &found, &what);
+                if isa != Isa::Scalar {
+                    let oracle = measure(&case, scalar, 1, n, statistic).expect("measures");
+                    assert_same_bits(&found, &oracle, &what);
+                }
+            };
+            for key in [0, case.len / 3, case.len - 1] {
+                let given = |i: usize| -> f64 {
+                    let seen = (case.first(i)..=i).contains(&key);
+                    exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
+                };
+                check(Statistic::Given { key }, queries.clone().map(given).collect());
+            }
+            let mut received = vec![0.0; case.len];
+            for i in queries.clone() {
+                for p in exact[i].iter().flatten().zip((case.first(i)..=i).cycle()) {
+                    received[p.1] += p.0;
+                }
+            }
+            check(Statistic::Received, received);
+        }
+        assert!(measure(&case, kernel, 1, 1, Statistic::Given { key: case.len }).is_err());
+        assert!(measure(&case, kernel, 1, case.len + 1, Statistic::Received).is_err());
+        assert_eq!(measure(&case, kernel, 1, 0, Statistic::Received).expect("none"), vec![0.0; case.len]);
+    }
+}
+
+fn check_non_finite(isa: Isa) {
+    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
+    for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-42] {
+        for kind in [KvType::F32, KvType::F16, KvType::Int8] {
+            let clean = Case::new(4, 2, 16, kind, 100);
+            let expected = clean.run(kernel, 2, &[100]);
+            let mut case = clean;
+            let kv = case.kv_heads * case.dim;
+            case.k[70 * kv + 3] = poison;
+            case.v[70 * kv + 5] = poison;
+            let found = case.run(kernel, 2, &[100]);
+            // Positions before the poisoned one do not see it.
+            assert_same_bits(&found[..70 * 64], &expected[..70 * 64], "before the poison");
+            // Nor does anyone after it was truncated away.
+            let pool = pool(1);
+            let mut cache = KvCache::new(2, 16, kind);
+            let mut out = vec![0.0; 64];
+            cache.append(&pool, &case.k, &case.v, 100, kv).expect("room");
+            cache.truncate(70);
+            let (shape, q) = (case.shape(), &case.q[69 * 64..]);
+            attend(&pool, kernel, &shape, &cache, q, 64, 1, &mut out, &mut Scratch::new()).expect("attends");
+            assert_same_bits(&out, &expected[69 * 64..70 * 64], "after truncation");
+        }
+    }
+}
+
+#[test]
+fn attention_refuses_what_does_not_fit() {
+    let pool = pool(1);
+    let kernel = attention::kernels()[0];
+    let case = Case::new(4, 2, 16, KvType::F32, 5);
+    let mut cache = KvCache::new(2, 16, KvType::F32);
+    cache.append(&pool, &case.k, &case.v, 5, 32).expect("room");
+    let good = case.shape();
+    let mut scratch = Scratch::new();
+    let mut refused = |shape: Shape<'_>, q: &[f32], stride, n, out_len| {
+        let mut out = vec![0.0; out_len];
+        attend(&pool, kernel, &shape, &cache, q, stride, n, &mut out, &mut scratch).is_err()
+    };
+    assert!(!refused(good, &case.q, 64, 5, 5 * 64));
+    assert!(!refused(good, &[], 64, 0, 0));
+    assert!(refused(good, &case.q, 64, 6, 6 * 64));
+    assert!(refused(good, &case.q, 65, 5, 5 * 64));
+    assert!(refused(good, &case.q, usize::MAX, 5, 5 * 64));
+    assert!(refused(good, &case.q, 64, 5, 5 * 64 - 1));
+    assert!(refused(Shape { heads: 5, ..good }, &case.q, 64, 1, 80));
+    assert!(refused(Shape { kv_heads: 0, ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { head_dim: 8, ..good }, &case.q, 64, 1, 32));
+    assert!(refused(Shape { window: Some(0), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { softcap: Some(0.0), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { softcap: Some(f32::NAN), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { alibi: Some(&[0.1]), ..good }, &case.q, 64, 1, 64));
+}
+
+#[test]
+fn attention_scratch_stops_growing() {
+    let pool = pool(2);
+    let kernel = *attention::kernels().last().expect("scalar");
+    let case = Case::new(4, 2, 16, KvType::F32, 100);
+    let mut cache = KvCache::new(2, 16, KvType::F32);
+    cache.append(&pool, &case.k, &case.v, 100, 32).expect("room");
+    let mut scratch = Scratch::new();
+    let mut out = vec![0.0; 100 * 64];
+    let mut sizes = Vec::new();
+    for n in [100, 1, 50, 100] {
+        let q = &case.q[(100 - n) * 64..];
+        attend(&pool, kernel, &case.shape(), &cache, q, 64, n, &mut out[..n * 64], &mut scratch)
+            .expect("attends");
+        sizes.push(scratch.bytes());
+    }
+    assert!(sizes.iter().all(|&size| size == sizes[0] && size > 0), "{sizes:?}");
+}
