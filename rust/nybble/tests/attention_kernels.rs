@@ -241,6 +241,7 @@ fn check_cases(isa: Isa, cases: Vec<Case>) {
         assert_same_bits(&case.run(kernel, 3, &[case.len]), &together, &what);
         if isa != Isa::Scalar {
             assert_same_bits(&together, &case.run(scalar, 1, &[case.len]), &what);
+            continue; // what equals it to the bit is as near to the exact result
         }
         let width = case.heads * case.dim;
         for i in (0..case.len).step_by(7).chain([case.len - 1]) {
@@ -297,47 +298,63 @@ fn measure(
     Ok(out)
 }
 
+/// What [`measure`] measures, in double precision from every query's probabilities.
+fn expected(case: &Case, exact: &[Vec<Vec<f64>>], n: usize, statistic: Statistic) -> Vec<f64> {
+    let queries = case.len - n..case.len;
+    match statistic {
+        Statistic::Given { key } => queries
+            .map(|i| {
+                let seen = (case.first(i)..=i).contains(&key);
+                exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
+            })
+            .collect(),
+        Statistic::Received => {
+            let mut received = vec![0.0; case.len];
+            for i in queries {
+                for (p, key) in exact[i].iter().flatten().zip((case.first(i)..=i).cycle()) {
+                    received[key] += p;
+                }
+            }
+            received
+        }
+    }
+}
+
 fn check_statistics(isa: Isa) {
     let (kernel, scalar) = pair(&attention::kernels(), |k| k.isa(), isa);
     // More queries than a piece, and more heads on one key head than a task takes.
-    let more = [Case::new(3, 1, 16, KvType::F16, 700), Case::new(70, 1, 8, KvType::F32, 40)];
+    let more = [Case::new(3, 1, 16, KvType::F16, 300), Case::new(70, 1, 8, KvType::F32, 40)];
     for case in cases().into_iter().chain(more) {
+        let probabilities = |i| (0..case.heads).map(|head| case.probabilities(i, head)).collect();
         let exact: Vec<Vec<Vec<f64>>> =
-            (0..case.len).map(|i| (0..case.heads).map(|h| case.probabilities(i, h)).collect()).collect();
-        for n in [case.len, case.len.div_ceil(2), 1] {
-            let queries = case.len - n..case.len;
-            let what = format!("{} heads of {}, {n} of {}, {:?}", case.heads, case.dim, case.len, case.kind);
-            let check = |statistic, expected: Vec<f64>| {
-                let found = measure(&case, kernel, 1, n, statistic).expect("measures");
-                assert_eq!(found.len(), expected.len(), "{what}");
-                for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-                    let error = (f64::from(*found) - expected).abs();
-                    assert!(
-                        error < 2e-5 * expected.max(1.0),
-                        "{what}: {statistic:?} {i}: {found}, {expected}"
-                    );
-                }
-                let shared = measure(&case, kernel, 3, n, statistic).expect("measures");
-                assert_same_bits(&shared, &found, &what);
-                if isa != Isa::Scalar {
-                    let oracle = measure(&case, scalar, 1, n, statistic).expect("measures");
-                    assert_same_bits(&found, &oracle, &what);
-                }
-            };
-            for key in [0, case.len / 3, case.len - 1] {
-                let given = |i: usize| -> f64 {
-                    let seen = (case.first(i)..=i).contains(&key);
-                    exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
-                };
-                check(Statistic::Given { key }, queries.clone().map(given).collect());
+            if isa == Isa::Scalar { (0..case.len).map(probabilities).collect() } else { Vec::new() };
+        let (all, some) = (case.len, case.len.div_ceil(2));
+        for (n, statistic) in [
+            (all, Statistic::Given { key: 0 }),
+            (all, Statistic::Received),
+            (some, Statistic::Given { key: case.len / 3 }),
+            (some, Statistic::Received),
+            (1, Statistic::Given { key: case.len - 1 }),
+            (1, Statistic::Received),
+        ] {
+            let what = format!(
+                "{} heads of {}, {n} of {}, {:?}, {statistic:?}",
+                case.heads, case.dim, case.len, case.kind
+            );
+            let found = measure(&case, kernel, 1, n, statistic).expect("measures");
+            let shared = measure(&case, kernel, 3, n, statistic).expect("measures");
+            assert_same_bits(&shared, &found, &what);
+            if isa != Isa::Scalar {
+                let oracle = measure(&case, scalar, 1, n, statistic).expect("measures");
+                assert_same_bits(&found, &oracle, &what);
+                continue; // what equals it to the bit is as near to the exact result
             }
-            let mut received = vec![0.0; case.len];
-            for i in queries.clone() {
-                for p in exact[i].iter().flatten().zip((case.first(i)..=i).cycle()) {
-                    received[p.1] += p.0;
-                }
+            let expected = expected(&case, &exact, n, statistic);
+            assert_eq!(found.len(), expected.len(), "{what}");
+            for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let error = (f64::from(*found) - expected).abs();
+                assert!(error < 2e-5 * expected.max(1.0), "{what} {i}: {found}, {expected}");
             }
-            check(Statistic::Received, received);
         }
         assert!(measure(&case, kernel, 1, 1, Statistic::Given { key: case.len }).is_err());
         assert!(measure(&case, kernel, 1, case.len + 1, Statistic::Received).is_err());
