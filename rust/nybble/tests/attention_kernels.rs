@@ -19,6 +19,7 @@ tests! {
     attention_neon => check_attention(Neon);
     log2_scalar => check_log2(Scalar);
     log2_avx2 => check_log2(Avx2);
+    log2_avx512vnni => check_log2(Avx512Vnni);
     log2_neon => check_log2(Neon);
     attention_chunks_scalar => check_chunks(Scalar);
     attention_chunks_avx2 => check_chunks(Avx2);
@@ -205,7 +206,7 @@ fn cases() -> Vec<Case> {
     list
 }
 
-/// Weights that are powers of two. On AVX-512 they run the portable code, which `scalar` tests.
+/// Weights that are powers of two.
 fn log2_cases() -> Vec<Case> {
     let mut list = Vec::new();
     for (kind, len) in [(KvType::F32, 1), (KvType::F16, 64), (KvType::Int8, 65), (KvType::F16, 330)] {

@@ -6,7 +6,7 @@ mod common;
 
 use common::{GROUPS_OF_8, KINDS, Kind, Random, SHAPES, activations, bits, scalar_quantize, tests, tier};
 use nybble::cpu::Isa;
-use nybble::kernels::quantize::{self, Activations, Granularity, Quantize, Rounding};
+use nybble::kernels::quantize::{self, Activations, Granularity, Quantize, Rounding, Source};
 use nybble::threads::Pool;
 
 tests! {
@@ -70,7 +70,8 @@ fn rows_of_four_bits_stand_among_rows_of_eight() {
         ] {
             let rounded = |rounding, low: &[bool]| {
                 let mut x = Activations::new();
-                x.quantize_mixed(&pool, kernel, &input, rows, cols, 32, rounding, low).map(|()| x)
+                let input = &mut Source::Given(&input);
+                x.quantize_source(&pool, kernel, input, rows, cols, 32, rounding, low).map(|()| x)
             };
             let eight = Rounding { bits: 8, per };
             let all_low = rounded(Rounding { bits: 4, per: per_of_low }, &[]).expect("good input");
@@ -85,6 +86,37 @@ fn rows_of_four_bits_stand_among_rows_of_eight() {
                 assert!(!low || mixed.codes(r).iter().all(|code| code.abs() <= 7));
             }
             assert!(rounded(eight, &low[1..]).is_err());
+        }
+    }
+}
+
+/// Rows that are computed on the way are rounded as rows that were there, and are there afterwards.
+#[test]
+fn computed_rows_are_those_given() {
+    for (rows, cols) in [(0, 32), (1, 96), (3, 100), (600, 64)] {
+        let input = activations(rows, cols, Kind::Random);
+        let doubled: Vec<f32> = input.iter().map(|x| 2.0 * x).collect();
+        let compute = |r: usize, out: &mut [f32]| {
+            out.iter_mut().zip(&input[r * cols..]).for_each(|(out, x)| *out = 2.0 * x);
+        };
+        for threads in [1, 3] {
+            let pool = Pool::new(threads).expect("a pool");
+            let (mut x, mut expected) = (Activations::new(), Activations::new());
+            let kernel = scalar_quantize();
+            expected.quantize(&pool, kernel, &doubled, rows, cols, 32, GROUPS_OF_8).expect("good input");
+            let mut buffer = vec![f32::NAN; rows * cols];
+            let mut source = Source::Computed { rows: &mut buffer, compute: &compute };
+            x.quantize_source(&pool, kernel, &mut source, rows, cols, 32, GROUPS_OF_8, &[])
+                .expect("good input");
+            for r in 0..rows {
+                assert_eq!((x.codes(r), x.scales(r)), (expected.codes(r), expected.scales(r)), "row {r}");
+            }
+            assert_eq!(source.rows(&pool, cols), doubled);
+            let mut buffer = vec![f32::NAN; rows * cols];
+            let mut source = Source::Computed { rows: &mut buffer, compute: &compute };
+            assert_eq!(source.rows(&pool, cols), doubled);
+            let mut short = Source::Computed { rows: &mut [0.0; 31], compute: &compute };
+            assert!(x.quantize_source(&pool, kernel, &mut short, 1, 32, 32, GROUPS_OF_8, &[]).is_err());
         }
     }
 }

@@ -41,6 +41,19 @@ pub(super) struct Block {
     pub(super) residual_is_normed: bool,
 }
 
+impl Block {
+    /// What computes a row of the block's input from `x [n, hidden]`: `pre(x)`, or `x` itself.
+    pub(super) fn enter<'a>(&'a self, run: Run<'a>, x: &'a [f32]) -> impl Fn(usize, &mut [f32]) + Sync + 'a {
+        move |row, out| {
+            let x = &x[row * out.len()..][..out.len()];
+            match &self.pre {
+                Some(norm) => norm.row(run, x, out),
+                None => out.copy_from_slice(x),
+            }
+        }
+    }
+}
+
 /// Attention.
 #[derive(Debug)]
 pub(super) struct Attention {

@@ -19,7 +19,7 @@ use super::session::Session;
 use super::spec::Position;
 use crate::error::{Error, Result};
 use crate::kernels::attention::{self, KvCache};
-use crate::kernels::quantize::Activations;
+use crate::kernels::quantize::{Activations, Source};
 use crate::pack::Packed;
 
 /// Buffers of the forward pass.
@@ -78,8 +78,7 @@ impl Session {
             let rope = attention.rope.map(|index| &self.ropes[index]);
             let mut leaving = false;
 
-            enter(run, attention_block, s);
-            project(run, attention, rope, &position, n, s)?;
+            project(run, attention_block, attention, rope, &position, n, s)?;
             attend(run, attention, cache, n, s)?;
             if let Some(plan) = plan {
                 let Scratch { qkv, attention: memory, .. } = s;
@@ -87,7 +86,8 @@ impl Session {
                 let on = (run.pool, run.kernels);
                 leaving = rows.choose(on, plan, index, &shape, attention, cache, queries, memory)?;
             }
-            attention.out.forward_mixed(run, &s.att, n, rows.low(), &mut s.rounded, &mut s.h)?;
+            let weighted = &mut Source::Given(&s.att);
+            attention.out.forward_source(run, weighted, n, rows.low(), &mut s.rounded, &mut s.h)?;
             leave(run, attention_block, s);
             if leaving {
                 n = rows.leave(&mut s.x, model.spec.hidden);
@@ -96,8 +96,7 @@ impl Session {
                 }
             }
 
-            enter(run, mlp_block, s);
-            feed_forward(run, mlp, n, rows.low(), s)?;
+            feed_forward(run, mlp_block, mlp, n, rows.low(), s)?;
             leave(run, mlp_block, s);
         }
         if !logits.is_empty() {
@@ -159,14 +158,6 @@ fn look_up(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Before a block: `xb` becomes its input, `pre(x)` or `x` itself.
-fn enter(run: Run<'_>, block: &Block, s: &mut Scratch) {
-    match &block.pre {
-        Some(norm) => norm.rows(run, &s.x, &mut s.xb),
-        None => s.xb.copy_from_slice(&s.x),
-    }
-}
-
 /// After a block: `x = after(residual + post(h))`.
 fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
     if block.residual_is_normed {
@@ -193,9 +184,10 @@ fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
     run.pool.split_rows(x, 1, &|first, part| elementwise.add_assign(part, &y[first..first + part.len()]));
 }
 
-/// `[q | k | v] = qkv(xb)`, with normed heads and turned to their positions where the model has that.
+/// `[q | k | v] = qkv(xb)` with the block's input `xb`, with normed heads and turned to their positions where the model has that.
 fn project(
     run: Run<'_>,
+    block: &Block,
     attention: &Attention,
     rope: Option<&RopeTable>,
     position: &(dyn Fn(usize) -> usize + Sync),
@@ -206,7 +198,9 @@ fn project(
     let (q, k) = (attention.heads * dim, attention.kv_heads * dim);
     let width = q + 2 * k;
     fit(&mut s.qkv, n * width);
-    attention.qkv.forward(run, &s.xb, n, &mut s.rounded, &mut s.qkv)?;
+    let enter = block.enter(run, &s.x);
+    let input = &mut Source::Computed { rows: &mut s.xb, compute: &enter };
+    attention.qkv.forward_source(run, input, n, &[], &mut s.rounded, &mut s.qkv)?;
 
     if let (Some(q_norm), Some(k_norm)) = (&attention.q_norm, &attention.k_norm) {
         fit(&mut s.normed, n * width);
@@ -258,19 +252,23 @@ fn attend(run: Run<'_>, attention: &Attention, cache: &mut KvCache, n: usize, s:
 }
 
 /// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`.
-fn feed_forward(run: Run<'_>, mlp: &Mlp, n: usize, low: &[bool], s: &mut Scratch) -> Result<()> {
+fn feed_forward(
+    run: Run<'_>,
+    block: &Block,
+    mlp: &Mlp,
+    n: usize,
+    low: &[bool],
+    s: &mut Scratch,
+) -> Result<()> {
     let width = mlp.gate_up.rows();
     fit(&mut s.gate_up, n * width);
     fit(&mut s.inner, n * mlp.inner);
-    mlp.gate_up.forward_mixed(run, &s.xb, n, low, &mut s.rounded, &mut s.gate_up)?;
-    run.pool.split_rows(&mut s.inner, mlp.inner, &|first, rows| {
-        for (gate_up, out) in
-            s.gate_up[first * width..].chunks_exact(width).zip(rows.chunks_exact_mut(mlp.inner))
-        {
-            mlp.activate(run, gate_up, out);
-        }
-    });
-    mlp.down.forward_mixed(run, &s.inner, n, low, &mut s.rounded, &mut s.h)
+    let enter = block.enter(run, &s.x);
+    let input = &mut Source::Computed { rows: &mut s.xb, compute: &enter };
+    mlp.gate_up.forward_source(run, input, n, low, &mut s.rounded, &mut s.gate_up)?;
+    let activate = |row: usize, out: &mut [f32]| mlp.activate(run, &s.gate_up[row * width..][..width], out);
+    let inner = &mut Source::Computed { rows: &mut s.inner, compute: &activate };
+    mlp.down.forward_source(run, inner, n, low, &mut s.rounded, &mut s.h)
 }
 
 /// `logits = head(norm(x))` of the last rows, as many as `logits` has room for.

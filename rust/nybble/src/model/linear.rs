@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::settings::Settings;
 use crate::error::Result;
-use crate::kernels::quantize::{Activations, Rounding};
+use crate::kernels::quantize::{Activations, Rounding, Source};
 use crate::kernels::{Columns, IntProduct, Kernels, float_matmul, int_matmuls};
 use crate::pack::Packed;
 use crate::threads::Pool;
@@ -75,14 +75,15 @@ impl Linear {
         rounded: &mut Activations,
         y: &mut [f32],
     ) -> Result<()> {
-        self.forward_mixed(run, x, n, &[], rounded, y)
+        self.forward_source(run, &mut Source::Given(x), n, &[], rounded, y)
     }
 
-    /// The same, with inputs of 4 bits instead of 8 in the rows that `low` says so of; it is empty or has `n` flags.
-    pub(super) fn forward_mixed(
+    /// The same of inputs that may have to be computed first, and with 4 bits instead of 8 in the rows that `low` says so of;
+    /// it is empty or has `n` flags.
+    pub(super) fn forward_source(
         &self,
         run: Run<'_>,
-        x: &[f32],
+        x: &mut Source<'_>,
         n: usize,
         low: &[bool],
         rounded: &mut Activations,
@@ -95,7 +96,7 @@ impl Linear {
             if let Some(rounding) = *rounding {
                 let (cols, group) = (weight.cols(), weight.group());
                 let kernel = run.kernels.quantize;
-                rounded.quantize_mixed(run.pool, kernel, x, n, cols, group, rounding, low)?;
+                rounded.quantize_source(run.pool, kernel, x, n, cols, group, rounding, low)?;
             }
             let mut products = parts.iter().map(|Part { weight, .. }| {
                 let own = columns.part(offset, weight.rows());
@@ -107,6 +108,7 @@ impl Linear {
                 let mut products = products.map(|(w, y)| IntProduct { kernel: kernel(w), w, y });
                 int_matmuls(run.pool, rounded, &mut products)?;
             } else {
+                let x = x.rows(run.pool, weight.cols());
                 products.try_for_each(|(w, y)| float_matmul(run.pool, run.kernels.f32, w, x, y))?;
             }
         }

@@ -5,7 +5,6 @@ use std::ops::Range;
 use half::f16;
 
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
-use super::super::f32::scalar::Scalar;
 use super::softmax::{Cap, Merge, Running, Scale, Scores, Slope, Times, Weigh};
 use super::{Attention, Call, KEYS, KvType, Memory, SPAN, Statistic, TASK_ROWS, Task, statistics};
 use crate::cpu::Isa;
@@ -82,12 +81,6 @@ impl<T: Tier> Attention for T {
 unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory: &mut Memory) {
     let job = Job::<T, E>::new(tier, call, task);
     if call.shape.log2 {
-        // What the compiler makes of these loops for AVX-512 dies of an illegal instruction in the emulator that tests this
-        // tier, and which one is not known yet: portable code until it is. All tiers give the same bits.
-        if T::ISA == Isa::Avx512Vnni {
-            // SAFETY: promised by the caller.
-            return unsafe { super::log2::run(&Job::<_, E>::new(Scalar, call, task), memory) };
-        }
         // SAFETY: promised by the caller.
         return unsafe { super::log2::run(&job, memory) };
     }

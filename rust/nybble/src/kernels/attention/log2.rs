@@ -188,10 +188,9 @@ impl<E: Element> Work for Round<'_, E> {
             return f32::NAN;
         }
         let scale = (top / 127.0).max(f32::MIN_POSITIVE);
-        for (codes, floats) in codes.iter_mut().zip(&floats) {
-            for l in 0..LANES {
-                codes[l] = (floats[l] / scale).round_ties_even() as i32;
-            }
+        // One long loop: of two nested ones the compiler takes the outer, and gathers what lies 16 apart.
+        for (code, value) in codes.as_flattened_mut().iter_mut().zip(floats.as_flattened()) {
+            *code = (value / scale).round_ties_even() as i32;
         }
         scale
     }
@@ -213,6 +212,8 @@ impl Work for ShiftAdd<'_> {
         let Self { codes, exponents, scale, sums } = self;
         let mut total = [0_i32; LANES];
         for (codes, &exponent) in codes.iter().zip(exponents) {
+            // Opaque: else the compiler takes 16 positions together, and gathers what lies 16 apart.
+            let exponent = std::hint::black_box(exponent);
             if exponent <= LARGEST {
                 for l in 0..LANES {
                     total[l] += codes[l] << (LARGEST - exponent);

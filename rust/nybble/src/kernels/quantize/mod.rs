@@ -16,6 +16,7 @@ mod avx2;
 mod avx512vnni;
 mod scalar;
 
+use super::Columns;
 use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use crate::pack::{TILE_K, grouping};
@@ -47,7 +48,7 @@ impl Rounding {
         if self.bits == 4 { 7 } else { 127 }
     }
 
-    /// The same with 4 bits and the same range of values; [`Activations::quantize_mixed`] has codes of both in one matrix.
+    /// The same with 4 bits and the same range of values; [`Activations::quantize_source`] has codes of both in one matrix.
     #[must_use]
     pub fn narrowed(self) -> Self {
         let per = match self.per {
@@ -124,6 +125,78 @@ pub fn kernels() -> Vec<&'static dyn Quantize> {
 /// Elements below which a second thread costs more than it saves.
 const SERIAL: usize = 1 << 15;
 
+/// Writes a row, given its number.
+pub type Compute<'a> = &'a (dyn Fn(usize, &mut [f32]) + Sync);
+
+/// The rows to convert, `[rows, cols]`.
+pub enum Source<'a> {
+    /// Rows that are there.
+    Given(&'a [f32]),
+    /// Rows that are computed when they are asked for, each by the thread that goes on with it, so that it is still in that
+    /// thread's cache: a norm, for example.
+    Computed {
+        /// Where they are written.
+        rows: &'a mut [f32],
+        /// What writes them.
+        compute: Compute<'a>,
+    },
+}
+
+impl std::fmt::Debug for Source<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let given = matches!(self, Self::Given(_));
+        f.debug_struct("Source").field("given", &given).field("len", &self.len()).finish()
+    }
+}
+
+impl<'a> Source<'a> {
+    /// Values in all rows.
+    fn len(&self) -> usize {
+        match self {
+            Self::Given(rows) => rows.len(),
+            Self::Computed { rows, .. } => rows.len(),
+        }
+    }
+
+    /// All rows of `cols` values, computed if they were not yet.
+    pub fn rows(&mut self, pool: &Pool, cols: usize) -> &'a [f32] {
+        let count = self.len() / cols.max(1);
+        self.visit(pool, count, cols, &|_, _| {});
+        match self {
+            Self::Given(rows) => rows,
+            Self::Computed { .. } => unreachable!("what was visited is there"),
+        }
+    }
+
+    /// Calls `then` for every row, on the pool's threads if there is much to do; afterwards the rows are there.
+    fn visit(&mut self, pool: &Pool, rows: usize, cols: usize, then: &(dyn Fn(usize, &[f32]) + Sync)) {
+        assert_eq!(self.len(), rows * cols, "values of all rows");
+        let split = |each: &(dyn Fn(usize) + Sync)| {
+            if rows * cols < SERIAL {
+                (0..rows).for_each(each);
+            } else {
+                pool.split(rows, 1, &|range| range.for_each(each));
+            }
+        };
+        match std::mem::replace(self, Self::Given(&[])) {
+            Self::Given(all) => {
+                *self = Self::Given(all);
+                split(&|r| then(r, &all[r * cols..][..cols]));
+            }
+            Self::Computed { rows: all, compute } => {
+                let columns = Columns::new(all, rows, cols, 0, cols);
+                split(&|r| {
+                    // SAFETY: every row is visited once, by one thread.
+                    let row = unsafe { columns.row(r, 0, cols) };
+                    compute(r, row);
+                    then(r, row);
+                });
+                *self = Self::Given(all);
+            }
+        }
+    }
+}
+
 /// The starts of the three buffers, shared by the threads that fill rows of them.
 struct Bases {
     codes: *mut i8,
@@ -167,18 +240,18 @@ impl Activations {
         group: usize,
         rounding: Rounding,
     ) -> Result<()> {
-        self.quantize_mixed(pool, kernel, x, rows, cols, group, rounding, &[])
+        self.quantize_source(pool, kernel, &mut Source::Given(x), rows, cols, group, rounding, &[])
     }
 
-    /// As [`Activations::quantize`], but the rows that `low` says so of have codes of 4 bits, -7 to 7, in the same range of
-    /// values. Nothing that reads the codes sees a difference: those of 4 bits are codes of 8 bits, too. `low` is empty or has
-    /// a flag for every row.
+    /// As [`Activations::quantize`], of rows that may have to be computed first; and the rows that `low` says so of have codes
+    /// of 4 bits, -7 to 7, in the same range of values. Nothing that reads the codes sees a difference: those of 4 bits are
+    /// codes of 8 bits, too. `low` is empty or has a flag for every row.
     #[expect(clippy::too_many_arguments, reason = "a matrix is three of them")]
-    pub fn quantize_mixed(
+    pub fn quantize_source(
         &mut self,
         pool: &Pool,
         kernel: &dyn Quantize,
-        x: &[f32],
+        source: &mut Source<'_>,
         rows: usize,
         cols: usize,
         group: usize,
@@ -192,8 +265,8 @@ impl Activations {
             return Err(Error::argument("rows of 4 bits", format!("{rows} flags or none"), low.len()));
         }
         let (group, groups) = grouping("activations", cols, group)?;
-        if rows.checked_mul(cols) != Some(x.len()) {
-            return Err(Error::argument("activations", format!("{rows} x {cols} values"), x.len()));
+        if rows.checked_mul(cols) != Some(source.len()) {
+            return Err(Error::argument("activations", format!("{rows} x {cols} values"), source.len()));
         }
         let stride = cols.next_multiple_of(TILE_K);
         (self.rows, self.cols, self.group, self.groups, self.stride) = (rows, cols, group, groups, stride);
@@ -207,19 +280,12 @@ impl Activations {
             sums: self.sums.as_mut_ptr(),
         };
         let bases = &bases;
-        let convert = |range: std::ops::Range<usize>| {
-            for r in range {
-                // SAFETY: the buffers were just given `rows` rows, and a row is converted by one thread, once.
-                let out = unsafe { bases.row(r, stride, groups) };
-                let rounding = if low.get(r) == Some(&true) { narrowed } else { rounding };
-                kernel.row(&x[r * cols..][..cols], group, rounding, out);
-            }
-        };
-        if x.len() < SERIAL {
-            convert(0..rows);
-        } else {
-            pool.split(rows, 1, &convert);
-        }
+        source.visit(pool, rows, cols, &|r, x| {
+            // SAFETY: the buffers were just given `rows` rows, and each is visited once.
+            let out = unsafe { bases.row(r, stride, groups) };
+            let rounding = if low.get(r) == Some(&true) { narrowed } else { rounding };
+            kernel.row(x, group, rounding, out);
+        });
         Ok(())
     }
 
