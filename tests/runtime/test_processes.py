@@ -6,6 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +209,56 @@ def test_a_handler_that_raises_something_else(tmp_path):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def default_threads(prepare) -> int:
+    """The threads of a model in a new process, in which `prepare` is called first."""
+    code = (
+        "import json; from nybble import _nybble; "
+        "print(json.loads(_nybble.doctor())['threads_default'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "NYBBLE_THREADS"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, preexec_fn=prepare, env=environment, capture_output=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks"
+)
+def test_the_affinity_mask_is_the_number_of_threads():
+    allowed = sorted(os.sched_getaffinity(0))
+    assert default_threads(lambda: os.sched_setaffinity(0, allowed[:1])) == 1
+    assert default_threads(lambda: None) <= len(allowed)
+
+
+@contextmanager
+def cgroup_of_one_cpu() -> Iterator[Path]:
+    """A cgroup that may use one CPU's time, of version 1 or 2, for which one must be root outside a container."""
+    groups = Path("/sys/fs/cgroup")
+    first = groups / "cpu"
+    group = (first if first.is_dir() else groups) / f"nybble-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"a cgroup cannot be made here: {error}")
+    try:
+        try:
+            if first.is_dir():
+                period = (group / "cpu.cfs_period_us").read_text()
+                (group / "cpu.cfs_quota_us").write_text(period)
+            else:
+                (group / "cpu.max").write_text("100000 100000")
+        except OSError as error:
+            pytest.skip(f"a cgroup here takes no quota: {error}")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_the_quota_of_a_cgroup_is_the_number_of_threads():
+    with cgroup_of_one_cpu() as group:
+        members = group / "cgroup.procs"
+        assert default_threads(lambda: members.write_text(str(os.getpid()))) == 1
