@@ -236,7 +236,7 @@ def test_the_affinity_mask_is_the_number_of_threads():
 
 @contextmanager
 def cgroup_of_one_cpu() -> Iterator[Path]:
-    """A cgroup that may use one CPU's time, of version 1 or 2, for which one must be root outside a container."""
+    """A cgroup, of version 1 or 2, that may use one CPU's time; to make one takes a root."""
     groups = Path("/sys/fs/cgroup")
     first = groups / "cpu"
     group = (first if first.is_dir() else groups) / f"nybble-test-{os.getpid()}"
