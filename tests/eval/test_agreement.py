@@ -104,21 +104,6 @@ def test_the_shorter_context_is_the_limit(tiny, tmp_path):
         agreement(tiny, nybble.load(short), TEXT, context=128)
 
 
-def test_logits_that_are_no_numbers_are_an_error(tiny):
-    class Broken:
-        path = "broken"
-        context = 512
-        vocab_size = tiny.vocab_size
-        tokenizer = tiny.tokenizer
-
-        def session(self):
-            return self
-
-        def truncate(self, n):
-            pass
-
-        def forward(self, ids, want):
-            return np.full((len(ids), tiny.vocab_size), np.nan, dtype=np.float32)
-
+def test_logits_that_are_no_numbers_are_an_error(tiny, broken):
     with pytest.raises(FormatError, match="broken: window 1: the model's logits are not finite"):
-        agreement(Broken(), tiny, TEXT, context=64)
+        agreement(broken, tiny, TEXT, context=64)

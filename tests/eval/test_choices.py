@@ -1,7 +1,6 @@
 """Scores of choices against a plain computation, and the figures made of them."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -182,21 +181,6 @@ def test_the_lengths_of_winograndes_options_mean_nothing(tiny, tmp_path):
     assert result.acc == float(sides[0] > sides[1])
 
 
-def test_logits_that_are_no_numbers_are_an_error(tiny):
-    class Broken:
-        path = "broken"
-        context = 512
-        tokenizer = tiny.tokenizer
-        info = tiny.info
-
-        def session(self):
-            return self
-
-        def rewind(self, prompt):
-            return prompt
-
-        def forward(self, ids, want, **_):
-            return np.full((1, tiny.vocab_size), math.nan, dtype=np.float32)
-
+def test_logits_that_are_no_numbers_are_an_error(broken):
     with pytest.raises(FormatError, match="broken: the model's logits are not finite"):
-        next(score(Broken(), items(1)))
+        next(score(broken, items(1)))

@@ -88,23 +88,9 @@ def test_what_cannot_be_measured(tiny):
         perplexity(tiny, TEXT, context=64, max_tokens=1)
 
 
-def test_logits_that_are_no_numbers_are_an_error(tiny):
-    class Broken:
-        path = "broken"
-        context = 512
-        tokenizer = tiny.tokenizer
-
-        def session(self):
-            return self
-
-        def truncate(self, n):
-            pass
-
-        def forward(self, ids, want):
-            return np.full((len(ids), tiny.vocab_size), np.nan, dtype=np.float32)
-
+def test_logits_that_are_no_numbers_are_an_error(broken):
     with pytest.raises(FormatError, match="window 1: the model's logits are not finite"):
-        perplexity(Broken(), TEXT, context=64)
+        perplexity(broken, TEXT, context=64)
 
 
 def test_files_of_every_form_give_the_same(tiny, tiny_folder, tmp_path, capsys):
