@@ -9,7 +9,7 @@ use common::{Random, assert_same_bits, pair, pool, tests};
 use half::f16;
 use nybble::cpu::Isa;
 use nybble::kernels::attention::{
-    self, Attention, KvCache, KvType, Scratch, Shape, Statistic, attend, statistics,
+    self, Attention, Branches, KvCache, KvType, Scratch, Shape, Statistic, attend, attend_tree, statistics,
 };
 
 tests! {
@@ -25,6 +25,10 @@ tests! {
     attention_chunks_avx2 => check_chunks(Avx2);
     attention_chunks_avx512vnni => check_chunks(Avx512Vnni);
     attention_chunks_neon => check_chunks(Neon);
+    attention_trees_scalar => check_trees(Scalar);
+    attention_trees_avx2 => check_trees(Avx2);
+    attention_trees_avx512vnni => check_trees(Avx512Vnni);
+    attention_trees_neon => check_trees(Neon);
     attention_non_finite_scalar => check_non_finite(Scalar);
     attention_non_finite_avx2 => check_non_finite(Avx2);
     attention_non_finite_avx512vnni => check_non_finite(Avx512Vnni);
@@ -281,6 +285,75 @@ fn check_chunks_of(isa: Isa, cases: Vec<Case>) {
             }
         }
     }
+}
+
+/// The nodes of a tree get the bits of a text that has those on their path alone.
+fn check_trees(isa: Isa) {
+    let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
+    let slopes = Some(vec![0.5; 9]);
+    let chain: Vec<usize> = (0..40_usize).map(|node| node.saturating_sub(1)).collect();
+    let wide: Vec<usize> =
+        (0..33).map(|node| [0, 0, 0, 0, 1, 1, 2, 4, 7, 8, 9][node % 11].min(node / 2)).collect();
+    let mixed = vec![0, 0, 0, 1, 1, 3, 5, 2, 6];
+    for case in [
+        Case::new(9, 3, 64, KvType::F32, 400),
+        Case::new(9, 3, 24, KvType::F16, 400),
+        Case::new(4, 2, 16, KvType::Int8, 400),
+        Case { window: Some(5), softcap: Some(9.0), ..Case::new(6, 2, 24, KvType::Int8, 400) },
+        Case { window: Some(100), ..Case::new(9, 3, 16, KvType::F32, 400) },
+        Case { alibi: slopes, softcap: Some(9.0), ..Case::new(9, 1, 8, KvType::F16, 400) },
+        Case::new(70, 1, 8, KvType::F32, 400),
+    ] {
+        let (width, kv_width) = (case.heads * case.dim, case.kv_heads * case.dim);
+        let rows = |at: usize| at * kv_width..;
+        // Within a block, across the edges of a block and of a span, and from the start.
+        for past in [0, 60, 250] {
+            for parents in [&[0][..], &chain, &wide, &mixed] {
+                let branches = Branches::new(parents).expect("a tree");
+                let n = branches.len();
+                let pool = pool([1, 2, 3][(past + n) % 3]);
+                let mut cache = KvCache::new(case.kv_heads, case.dim, case.kind);
+                cache.append(&pool, &case.k, &case.v, past + n, kv_width).expect("room");
+                let mut found = vec![0.0; n * width];
+                let (q, mut scratch) = (&case.q[past * width..], Scratch::new());
+                let shape = case.shape();
+                attend_tree(&pool, kernel, &shape, &cache, q, width, &branches, &mut found, &mut scratch)
+                    .expect("attends");
+                for node in 0..n {
+                    cache.truncate(past);
+                    for &place in branches.path(node) {
+                        let at = rows(past + place);
+                        cache.append(&pool, &case.k[at.clone()], &case.v[at], 1, kv_width).expect("room");
+                    }
+                    let mut alone = vec![0.0; width];
+                    let q = &q[node * width..];
+                    attend(&pool, kernel, &shape, &cache, q, width, 1, &mut alone, &mut scratch)
+                        .expect("attends");
+                    let what = format!("node {node} of {n} behind {past}, {:?}", case.kind);
+                    assert_same_bits(&found[node * width..][..width], &alone, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn trees_that_are_none_are_refused() {
+    assert!(Branches::new(&[0, 2, 0]).is_err());
+    assert!(Branches::new(&[0, 1]).is_err());
+    let one = Branches::new(&[9]).expect("the root's parent does not matter");
+    assert_eq!((one.len(), one.positions(), one.path(0)), (1, 1, &[0][..]));
+    let mut none = Branches::new(&[]).expect("no tree at all");
+    assert!(none.is_empty() && none.positions() == 0);
+    assert!(none.set(&[0, 0, 3]).is_err() && none.is_empty());
+    let case = Case { log2: true, ..Case::new(4, 2, 16, KvType::F32, 5) };
+    let pool = pool(1);
+    let mut cache = KvCache::new(2, 16, KvType::F32);
+    cache.append(&pool, &case.k, &case.v, 5, 32).expect("room");
+    let (kernel, shape, mut scratch) = (attention::kernels()[0], case.shape(), Scratch::new());
+    let mut out = vec![0.0; 64];
+    let refused = attend_tree(&pool, kernel, &shape, &cache, &case.q, 64, &one, &mut out, &mut scratch);
+    assert!(refused.is_err_and(|error| error.to_string().contains("log2")));
 }
 
 fn measure(

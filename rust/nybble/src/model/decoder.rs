@@ -18,7 +18,7 @@ use super::rope::RopeTable;
 use super::session::Session;
 use super::spec::Position;
 use crate::error::{Error, Result};
-use crate::kernels::attention::{self, KvCache};
+use crate::kernels::attention::{self, Branches, KvCache};
 use crate::kernels::quantize::{Activations, Source};
 use crate::pack::Packed;
 
@@ -40,12 +40,13 @@ pub(super) struct Scratch {
 
 impl Session {
     /// Computes `tokens`, at most a chunk of them, and as many last rows of logits as `logits` has room for. With a plan the
-    /// tokens are reduced.
+    /// tokens are reduced. As the nodes of a tree they go into the caches only.
     pub(super) fn chunk(
         &mut self,
         model: &Model,
         tokens: &[u32],
         plan: Option<&Plan>,
+        tree: Option<&Branches>,
         logits: &mut [f32],
         stop: &dyn Fn() -> bool,
     ) -> Result<()> {
@@ -65,7 +66,9 @@ impl Session {
             rope.extend(start + n);
         }
 
-        embed(run, model, tokens, start, s)?;
+        // How far a row's token stands behind the first one.
+        let offset = |row: usize| tree.map_or(row, |tree| tree.depth(row));
+        embed(run, model, tokens, &|row| start + offset(row), s)?;
         for (index, (layer, cache)) in model.weights.layers.iter().zip(&mut self.caches).enumerate() {
             if stop() {
                 return Err(Error::Interrupted);
@@ -74,12 +77,12 @@ impl Session {
             // A cache is shorter than the text where tokens of a prompt were left out before this layer.
             let first = if kept_positions { start } else { cache.len() };
             let listed = if kept_positions { rows.positions() } else { &[] };
-            let position = |row: usize| listed.get(row).copied().unwrap_or(first + row);
+            let position = |row: usize| listed.get(row).copied().unwrap_or_else(|| first + offset(row));
             let rope = attention.rope.map(|index| &self.ropes[index]);
             let mut leaving = false;
 
             project(run, attention_block, attention, rope, &position, n, s)?;
-            attend(run, attention, cache, n, s)?;
+            attend(run, attention, cache, tree, n, s)?;
             if let Some(plan) = plan {
                 let Scratch { qkv, attention: memory, .. } = s;
                 let (shape, queries) = (shape(run, attention), (&qkv[..], qkv.len() / n));
@@ -105,7 +108,9 @@ impl Session {
             }
             head(run, model, logits, s)?;
         }
-        self.tokens.extend_from_slice(tokens);
+        if tree.is_none() {
+            self.tokens.extend_from_slice(tokens);
+        }
         Ok(())
     }
 }
@@ -116,7 +121,13 @@ fn fit(buffer: &mut Vec<f32>, len: usize) {
 }
 
 /// `x = embedding[tokens]`, scaled, projected, with positions added and normed, as the model has it.
-fn embed(run: Run<'_>, model: &Model, tokens: &[u32], start: usize, s: &mut Scratch) -> Result<()> {
+fn embed(
+    run: Run<'_>,
+    model: &Model,
+    tokens: &[u32],
+    position: &(dyn Fn(usize) -> usize + Sync),
+    s: &mut Scratch,
+) -> Result<()> {
     let (weights, spec, n) = (&model.weights, &model.spec, tokens.len());
     let token = |i: usize| tokens[i] as usize;
     if let Some(project_in) = &weights.project_in {
@@ -130,7 +141,7 @@ fn embed(run: Run<'_>, model: &Model, tokens: &[u32], start: usize, s: &mut Scra
         run.kernels.elementwise.scale(&mut s.x, scale);
     }
     if let (Some(table), Position::Learned { offset, .. }) = (&weights.positions, &spec.position) {
-        look_up(run, table, &|i| start + i + offset, &mut s.h)?;
+        look_up(run, table, &|i| position(i) + offset, &mut s.h)?;
         run.kernels.elementwise.add_assign(&mut s.x, &s.h);
     }
     if let Some(norm) = &weights.embedding_norm {
@@ -239,8 +250,15 @@ fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Shape<'a> {
     }
 }
 
-/// `att = softmax(scale * q kᵀ) v`, over the cached keys and values and the new ones.
-fn attend(run: Run<'_>, attention: &Attention, cache: &mut KvCache, n: usize, s: &mut Scratch) -> Result<()> {
+/// `att = softmax(scale * q kᵀ) v`, over the cached keys and values and the new ones, of a tree those on a node's path.
+fn attend(
+    run: Run<'_>,
+    attention: &Attention,
+    cache: &mut KvCache,
+    tree: Option<&Branches>,
+    n: usize,
+    s: &mut Scratch,
+) -> Result<()> {
     let dim = attention.head_dim;
     let (q, k) = (attention.heads * dim, attention.kv_heads * dim);
     let width = q + 2 * k;
@@ -248,7 +266,11 @@ fn attend(run: Run<'_>, attention: &Attention, cache: &mut KvCache, n: usize, s:
     let shape = shape(run, attention);
     fit(&mut s.att, n * q);
     let kernel = run.kernels.attention;
-    attention::attend(run.pool, kernel, &shape, cache, &s.qkv, width, n, &mut s.att, &mut s.attention)
+    let (q, out, memory) = (&s.qkv, &mut s.att, &mut s.attention);
+    match tree {
+        Some(tree) => attention::attend_tree(run.pool, kernel, &shape, cache, q, width, tree, out, memory),
+        None => attention::attend(run.pool, kernel, &shape, cache, q, width, n, out, memory),
+    }
 }
 
 /// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`.

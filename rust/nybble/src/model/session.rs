@@ -11,7 +11,7 @@ use super::decoder::Scratch;
 use super::reduce::{Plan, Rows};
 use super::rope::RopeTable;
 use crate::error::{Error, Result};
-use crate::kernels::attention::KvCache;
+use crate::kernels::attention::{Branches, KvCache};
 
 /// Tokens computed together. A longer prompt is cut: the buffers stay small and stopping stays quick, while weights are
 /// still read once for many tokens. The cut never shows in the result.
@@ -44,6 +44,9 @@ pub struct Session {
     pub(super) plan: Option<Arc<Plan>>,
     /// What was reduced, in order.
     parts: Vec<Part>,
+    /// Tokens of a tree that are in the caches behind those held, until some of them are accepted.
+    tree: Vec<u32>,
+    branches: Branches,
 }
 
 /// A part of a prompt whose tokens were reduced.
@@ -70,6 +73,8 @@ impl Session {
             rows: Rows::default(),
             plan,
             parts: Vec::new(),
+            tree: Vec::new(),
+            branches: Branches::default(),
         }
     }
 
@@ -113,6 +118,7 @@ impl Session {
             len = len.min(part.start);
         }
         self.tokens.truncate(len);
+        self.tree.clear();
         let last = self.parts.last();
         for (layer, cache) in self.caches.iter_mut().enumerate() {
             // Behind the last part no token is missing.
@@ -173,6 +179,57 @@ impl Session {
         self.compute(model, tokens, plan.as_deref(), want, out, stop)
     }
 
+    /// Computes the nodes of a tree behind the tokens it holds: several continuations in one pass. Replaces `out` with the
+    /// logits of all nodes, in all bits those that [`Session::forward`] gives for the tokens on a node's path.
+    ///
+    /// Node `i` is `tokens[i]` behind node `parents[i]`, which comes before it; node 0 is the root, and its parent is not
+    /// looked at. The session holds no more than before until [`Session::accept`] names a path.
+    pub fn forward_tree(
+        &mut self,
+        model: &Model,
+        tokens: &[u32],
+        parents: &[usize],
+        out: &mut Vec<f32>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        self.check(model, tokens)?;
+        if tokens.len() != parents.len() || tokens.len() > CHUNK {
+            let expected = format!("{} parents, and at most {CHUNK}", tokens.len());
+            return Err(Error::argument("tree", expected, parents.len()));
+        }
+        let before = self.len();
+        self.truncate(before);
+        let mut branches = std::mem::take(&mut self.branches);
+        let computed = branches.set(parents).and_then(|()| {
+            reserve(out, tokens.len() * model.spec.vocab)?;
+            model.pool.region(|| self.chunk(model, tokens, None, Some(&branches), out, stop))
+        });
+        self.branches = branches;
+        match computed {
+            Ok(()) => self.tree.extend_from_slice(tokens),
+            Err(_) => drop(self.truncate(before)),
+        }
+        computed
+    }
+
+    /// Holds the tokens of a path of the tree computed last, and forgets the others. A path begins with the root, 0, and goes
+    /// on from each node to one of its children; an empty one forgets the whole tree.
+    pub fn accept(&mut self, path: &[usize]) -> Result<()> {
+        let is_path =
+            path.last().is_none_or(|&last| last < self.tree.len() && self.branches.path(last) == path);
+        if !is_path {
+            let expected = format!("a path in the tree of {} nodes", self.tree.len());
+            return Err(Error::argument("path", expected, format!("{path:?}")));
+        }
+        let added = self.tree.len();
+        for cache in &mut self.caches {
+            cache.keep(cache.len() - added, path);
+        }
+        self.tokens.extend(path.iter().map(|&node| self.tree[node]));
+        self.tree.clear();
+        Ok(())
+    }
+
     fn compute(
         &mut self,
         model: &Model,
@@ -190,6 +247,9 @@ impl Session {
         };
         reserve(out, rows.saturating_mul(model.spec.vocab))?;
         let before = self.len();
+        if !self.tree.is_empty() {
+            self.truncate(before);
+        }
         let together = plan.map_or(CHUNK, |_| tokens.len().div_ceil(tokens.len().div_ceil(PART)));
         let mut done = 0;
         for chunk in tokens.chunks(together) {
@@ -200,7 +260,7 @@ impl Session {
                 Logits::None | Logits::Last => &mut [],
             };
             // One region a chunk: the workers are woken once for all its phases.
-            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, plan, logits, stop)) {
+            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, plan, None, logits, stop)) {
                 self.truncate(before);
                 return Err(error);
             }

@@ -10,10 +10,10 @@ use super::{Attention, Call, KEYS, KvType, Memory, SPAN, Statistic, TASK_ROWS, T
 use crate::cpu::Isa;
 use crate::kernels::Columns;
 
-/// Floats of scratch a task needs.
-pub(super) fn floats(head_dim: usize) -> usize {
+/// Floats of scratch a task needs, with `nodes` floats a row for scores with the nodes of a tree.
+pub(super) fn floats(head_dim: usize, nodes: usize) -> usize {
     let padded = head_dim.next_multiple_of(LANES);
-    TASK_ROWS * 3 * padded + MAX_ROWS * KEYS
+    TASK_ROWS * (3 * padded + nodes) + MAX_ROWS * KEYS
 }
 
 /// Floats of what one span leaves of one row: the weighted sums, then the largest score and the sum of weights.
@@ -89,10 +89,14 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
 
     let (queries, rest) = memory.lines.elements_mut::<f32>().split_at_mut(TASK_ROWS * padded);
     let (sums, rest) = rest.split_at_mut(TASK_ROWS * padded);
-    let (totals, scores) = rest.split_at_mut(TASK_ROWS * padded);
-    let scores = &mut scores.as_chunks_mut::<KEYS>().0[..MAX_ROWS];
+    let (totals, rest) = rest.split_at_mut(TASK_ROWS * padded);
+    let (scores, node_scores) = rest.split_at_mut(MAX_ROWS * KEYS);
+    let scores = scores.as_chunks_mut::<KEYS>().0;
     let mut total_running = [Running::START; TASK_ROWS];
     job.queries(queries);
+    if let Some(branches) = call.branches {
+        job.node_scores(branches, queries, node_scores);
+    }
 
     let seen = job.all_seen();
     for span in task.spans.clone() {
@@ -111,7 +115,12 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
                     seen: &seen[..part.len()],
                     slopes: &slopes[..part.len()],
                 };
-                job.block(start, rows);
+                match call.branches {
+                    Some(branches) if start + KEYS > call.past => {
+                        job.branched_block(branches, start, part.start, node_scores, rows);
+                    }
+                    _ => job.block(start, rows),
+                }
             }
         }
         for row in 0..rows {
@@ -216,9 +225,10 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
         }
     }
 
-    /// Positions that any query sees: what the first one sees starts first, what the last one sees ends last.
+    /// From the first to the last position that any query sees.
     pub(super) fn all_seen(&self) -> Range<usize> {
-        self.seen(self.task.queries.start).start..self.seen(self.task.queries.end - 1).end
+        let seen = self.task.queries.clone().map(|query| self.seen(query));
+        seen.reduce(|all, own| all.start.min(own.start)..all.end.max(own.end)).unwrap_or(0..0)
     }
 
     /// What the rows of a part see of the block of keys that begins at position `start`.
@@ -236,7 +246,7 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
 
     /// The positions that query number `query` of the call sees.
     fn seen(&self, query: usize) -> Range<usize> {
-        let end = self.call.past + query + 1;
+        let end = self.call.past + self.call.branches.map_or(query, |branches| branches.depth(query)) + 1;
         self.call.shape.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
@@ -303,16 +313,29 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
     /// Scores of all rows with the block's keys `seen`, and with the neighbours that share their 16 lanes.
     fn scores(&self, start: usize, seen: Range<usize>, rows: &mut Rows<'_>) {
         let tiles = seen.start / LANES..seen.end.div_ceil(LANES);
-        let keys =
-            &self.keys[(start + tiles.start * LANES) * self.dim..(start + tiles.end * LANES) * self.dim];
         let count = rows.seen.len();
-        assert!(rows.queries.len() >= count * self.padded && rows.scores.len() >= count, "rows of a panel");
+        assert!(rows.scores.len() >= count, "rows of a panel");
         let mut y = [std::ptr::null_mut(); MAX_ROWS];
         for (y, scores) in y.iter_mut().zip(&mut rows.scores[..count]) {
-            *y = scores[tiles.start * LANES..].as_mut_ptr();
+            *y = scores[tiles.start * LANES..tiles.end * LANES].as_mut_ptr();
         }
+        self.products(start + tiles.start * LANES, tiles.len(), count, rows.queries, y);
+    }
+
+    /// Products of `count` queries with the keys of `tiles` runs of 16 entries from entry `first` on. `y` are the rows of the
+    /// result, each with room for them and used by nothing else.
+    pub(super) fn products(
+        &self,
+        first: usize,
+        tiles: usize,
+        count: usize,
+        queries: &[f32],
+        y: [*mut f32; MAX_ROWS],
+    ) {
+        let keys = &self.keys[first * self.dim..(first + tiles * LANES) * self.dim];
+        assert!(queries.len() >= count * self.padded && count <= MAX_ROWS, "rows of a panel");
         let panel = Panel {
-            x: rows.queries.as_ptr(),
+            x: queries.as_ptr(),
             x_stride: self.padded,
             w: keys.as_ptr(),
             w_step: LANES,
@@ -321,26 +344,42 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
             y,
             fresh: true,
         };
-        // SAFETY: the slices above hold these rows, tiles and depth.
-        unsafe { self.tier.panel(&panel, count, tiles.len()) }
+        // SAFETY: the slices above hold these rows, tiles and depth, and the callers' rows have room for the tiles.
+        unsafe { self.tier.panel(&panel, count, tiles) }
     }
 
     /// Adds the values of the block's positions `from..to`, weighted by `scores`, to as many rows of `sums`.
-    fn values(&self, start: usize, (from, to): (usize, usize), scores: &[Scores], sums: &mut [f32]) {
-        let values = &self.values[(start + from) * self.padded..(start + to) * self.padded];
+    pub(super) fn values(
+        &self,
+        start: usize,
+        (from, to): (usize, usize),
+        scores: &[Scores],
+        sums: &mut [f32],
+    ) {
+        self.add_values(start + from..start + to, &scores.as_flattened()[from..], sums);
+    }
+
+    /// Adds the value of one entry, weighted by the only one of `weight`, to one row of sums.
+    pub(super) fn value(&self, entry: usize, weight: &[f32], sums: &mut [f32]) {
+        self.add_values(entry..entry + 1, weight, sums);
+    }
+
+    /// Adds the values of some entries to rows of `sums`; the weights of a row are [`KEYS`] behind those of the one before.
+    fn add_values(&self, entries: Range<usize>, weights: &[f32], sums: &mut [f32]) {
+        let values = &self.values[entries.start * self.padded..entries.end * self.padded];
         let count = sums.len() / self.padded;
-        assert!(scores.len() >= count, "rows of a panel");
+        assert!(weights.len() >= count.saturating_sub(1) * KEYS + entries.len(), "rows of a panel");
         let mut y = [std::ptr::null_mut(); MAX_ROWS];
         for (y, sums) in y.iter_mut().zip(sums.chunks_exact_mut(self.padded)) {
             *y = sums.as_mut_ptr();
         }
         let panel = Panel {
-            x: scores.as_flattened()[from..].as_ptr(),
+            x: weights.as_ptr(),
             x_stride: KEYS,
             w: values.as_ptr(),
             w_step: self.padded,
             w_tile: LANES,
-            depth: to - from,
+            depth: entries.len(),
             y,
             fresh: false,
         };

@@ -209,6 +209,47 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// Of the entries from `past` on keeps those at `past + path[0]`, `past + path[1]`, ..., in this order, and forgets the
+    /// others. Places in a path ascend.
+    pub(crate) fn keep(&mut self, past: usize, path: &[usize]) {
+        debug_assert!(path.is_sorted_by(|a, b| a < b), "a path ascends");
+        match self.kind {
+            KvType::F32 => self.gather::<f32>(past, path),
+            KvType::F16 => self.gather::<f16>(past, path),
+            KvType::Int8 => {
+                self.gather::<i8>(past, path);
+                let capacity = self.capacity.max(1);
+                for scales in [&mut self.key_scales, &mut self.value_scales] {
+                    for scales in scales.elements_mut::<f32>().chunks_exact_mut(capacity) {
+                        for (to, from) in (past..).zip(path) {
+                            scales[to] = scales[past + from];
+                        }
+                    }
+                }
+            }
+        }
+        self.len = past + path.len();
+    }
+
+    fn gather<E: Element>(&mut self, past: usize, path: &[usize]) {
+        let (dim, padded, capacity) = (self.head_dim, self.padded_dim(), self.capacity);
+        if dim == 0 || capacity == 0 {
+            return;
+        }
+        for (to, from) in (past..).zip(path.iter().map(|place| past + place)).filter(|(to, from)| to != from)
+        {
+            let key = |position: usize| position / LANES * LANES * dim + position % LANES;
+            for keys in self.keys.elements_mut::<E>().chunks_exact_mut(capacity * dim) {
+                for d in 0..dim {
+                    keys[key(to) + d * LANES] = keys[key(from) + d * LANES];
+                }
+            }
+            for values in self.values.elements_mut::<E>().chunks_exact_mut(capacity * padded) {
+                values.copy_within(from * padded..(from + 1) * padded, to * padded);
+            }
+        }
+    }
+
     /// Makes sure that `positions` fit without further allocation.
     pub fn reserve(&mut self, positions: usize) -> Result<()> {
         if positions > self.limit {

@@ -19,6 +19,7 @@
 //! the keys it sees: what a position must not see is never read for it, not even multiplied by 0.
 
 mod block;
+mod branches;
 mod cache;
 mod log2;
 mod softmax;
@@ -28,6 +29,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+pub use branches::Branches;
 pub use cache::{KvCache, KvType};
 pub use statistics::{Statistic, statistics};
 
@@ -112,6 +114,8 @@ pub struct Call<'a> {
     q_stride: usize,
     /// Positions before the first query.
     past: usize,
+    /// The queries' places in a tree; none if each stands behind the one before it.
+    branches: Option<&'a Branches>,
     /// Spans that any query sees keys of.
     spans: Range<usize>,
     /// Where tasks leave their spans, `[n, heads, spans, partial]`; none if each goes through all spans itself.
@@ -213,6 +217,43 @@ pub fn attend(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
+    compute(pool, kernel, shape, cache, q, q_stride, n, None, out, scratch)
+}
+
+/// Attention of the last entries of `cache`, which are the nodes of a tree: each sees what stood before them and the nodes on
+/// its path. Otherwise as [`attend`].
+#[expect(clippy::too_many_arguments, reason = "those of `attend` and the tree")]
+pub fn attend_tree(
+    pool: &Pool,
+    kernel: &dyn Attention,
+    shape: &Shape<'_>,
+    cache: &KvCache,
+    q: &[f32],
+    q_stride: usize,
+    branches: &Branches,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<()> {
+    if shape.log2 {
+        let detail = "its values are rounded in blocks of neighbours in the cache";
+        return Err(Error::unsupported("a tree of drafts with softmax \"log2\"", detail));
+    }
+    compute(pool, kernel, shape, cache, q, q_stride, branches.len(), Some(branches), out, scratch)
+}
+
+#[expect(clippy::too_many_arguments, reason = "those of `attend` and the tree")]
+fn compute(
+    pool: &Pool,
+    kernel: &dyn Attention,
+    shape: &Shape<'_>,
+    cache: &KvCache,
+    q: &[f32],
+    q_stride: usize,
+    n: usize,
+    branches: Option<&Branches>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<()> {
     let width = check(shape, cache, q, q_stride, n)?;
     if n.checked_mul(width) != Some(out.len()) {
         return Err(Error::argument("attention output", format!("{n} x {width} values"), out.len()));
@@ -223,7 +264,8 @@ pub fn attend(
     let group = shape.heads / shape.kv_heads;
     let past = cache.len() - n;
     let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
-    let spans = first / SPAN..cache.len().div_ceil(SPAN);
+    let positions = past + branches.map_or(n, Branches::positions);
+    let spans = first / SPAN..positions.div_ceil(SPAN);
     let Cut { heads, queries, spans: span_pieces } =
         cut(pool.threads(), shape.kv_heads, group, n, if shape.log2 { 1 } else { spans.len() });
     let pieces = group.div_ceil(heads);
@@ -234,7 +276,8 @@ pub fn attend(
     // Room for the spans of the cache's whole memory: it then grows when the cache does, not with every span.
     let partial = block::partial(cache.padded_dim());
     let room = n * shape.heads * cache.capacity().div_ceil(SPAN) * partial;
-    scratch.grow(threads, block::floats(shape.head_dim), if span_pieces > 1 { room } else { 0 })?;
+    let floats = block::floats(shape.head_dim, branches.map_or(0, Branches::floats));
+    scratch.grow(threads, floats, if span_pieces > 1 { room } else { 0 })?;
     let Scratch { workers, partials } = scratch;
     let rows = n * shape.heads;
     let call = Call {
@@ -243,6 +286,7 @@ pub fn attend(
         q,
         q_stride,
         past,
+        branches,
         partials: (span_pieces > 1)
             .then(|| Columns::new(partials.elements_mut(), rows * spans.len(), partial, 0, partial)),
         spans: spans.clone(),

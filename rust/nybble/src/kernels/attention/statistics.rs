@@ -73,7 +73,7 @@ pub fn statistics(
     let (pieces, parts) = (n.div_ceil(PIECE), shape.kv_heads);
     let tasks = pieces * parts;
     let threads = pool.threads().min(tasks);
-    scratch.grow(threads, block::floats(shape.head_dim), tasks * width)?;
+    scratch.grow(threads, block::floats(shape.head_dim, 0), tasks * width)?;
     let Scratch { workers, partials } = scratch;
     let past = cache.len() - n;
     let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
@@ -83,6 +83,7 @@ pub fn statistics(
         q,
         q_stride,
         past,
+        branches: None,
         spans: first / SPAN..cache.len().div_ceil(SPAN),
         partials: None,
         out: Columns::new(&mut partials.elements_mut()[..tasks * width], tasks, width, 0, width),
