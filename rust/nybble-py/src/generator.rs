@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use nybble::decode::{FinishReason, Generation};
+use nybble::speculate::Speculation;
 use pyo3::prelude::*;
 
 use crate::error::{exclusively, run, run_until_signal};
@@ -13,12 +14,12 @@ use crate::session::Session;
 #[pyclass(frozen, module = "nybble._nybble")]
 pub(crate) struct Generator {
     session: Py<Session>,
-    core: Mutex<Generation>,
+    core: Mutex<(Generation, Option<Speculation>)>,
 }
 
 impl Generator {
-    pub(crate) fn new(session: Py<Session>, core: Generation) -> Self {
-        Self { session, core: Mutex::new(core) }
+    pub(crate) fn new(session: Py<Session>, core: Generation, speculation: Option<Speculation>) -> Self {
+        Self { session, core: Mutex::new((core, speculation)) }
     }
 }
 
@@ -28,13 +29,13 @@ impl Generator {
     #[getter]
     fn finish_reason(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
         run(py, || {
-            exclusively(&self.core, "generator", |core| Ok(core.finish_reason().map(FinishReason::name)))
+            exclusively(&self.core, "generator", |(core, _)| Ok(core.finish_reason().map(FinishReason::name)))
         })
     }
 
     /// Tokens and seconds of each phase, as JSON.
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
-        run(py, || exclusively(&self.core, "generator", |core| to_json(core.metrics())))
+        run(py, || exclusively(&self.core, "generator", |(core, _)| to_json(core.metrics())))
     }
 
     fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -44,8 +45,11 @@ impl Generator {
     fn __next__(&self, py: Python<'_>) -> PyResult<Option<u32>> {
         let session = self.session.get();
         run_until_signal(py, |stop| {
-            exclusively(&self.core, "generator", |core| {
-                session.with(|model, session| core.step(model, session, stop))
+            exclusively(&self.core, "generator", |(core, speculation)| {
+                session.with(|model, session| match speculation {
+                    Some(speculation) => speculation.step(core, model, session, stop),
+                    None => core.step(model, session, stop),
+                })
             })
         })
     }

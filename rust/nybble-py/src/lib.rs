@@ -17,6 +17,7 @@ mod metadata;
 mod model;
 mod session;
 mod solve;
+mod speculator;
 mod staged;
 mod writer;
 
@@ -37,6 +38,8 @@ mod _nybble {
     use super::session::Session;
     #[pymodule_export]
     use super::solve::{gptq, rtn};
+    #[pymodule_export]
+    use super::speculator::{Speculator, build_datastore};
     #[pymodule_export]
     use super::staged::StagedFolder;
     #[pymodule_export]

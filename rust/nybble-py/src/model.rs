@@ -19,6 +19,12 @@ pub(crate) struct Model {
     core: Arc<nybble::model::Model>,
 }
 
+impl Model {
+    pub(crate) fn core(&self) -> Arc<nybble::model::Model> {
+        Arc::clone(&self.core)
+    }
+}
+
 #[pymethods]
 impl Model {
     /// Opens a folder or a GGUF file. `tokens` is a policy of token reduction as JSON in the place of the folder's own; `null`

@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use crate::array::matrix;
 use crate::error::{exclusively, run, run_until_signal};
 use crate::generator::Generator;
+use crate::speculator::Speculator;
 
 /// One text in a model, with its keys and values.
 #[pyclass(frozen, module = "nybble._nybble")]
@@ -102,7 +103,7 @@ impl Session {
 
     /// Prepares a generation after what the session holds; it computes nothing until its first token is asked for.
     #[pyo3(signature = (prompt, max_new, stop=None, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-                        repeat_penalty=1.0, repeat_last_n=64, seed=0))]
+                        repeat_penalty=1.0, repeat_last_n=64, seed=0, speculator=None))]
     #[allow(clippy::too_many_arguments)]
     fn generate(
         slf: Bound<'_, Self>,
@@ -116,12 +117,17 @@ impl Session {
         repeat_penalty: f32,
         repeat_last_n: usize,
         seed: u64,
+        speculator: Option<PyRef<'_, Speculator>>,
     ) -> PyResult<Generator> {
         let prompt = prompt.as_array().to_vec();
         let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed };
         let request = Request { prompt, max_new, stop: stop.unwrap_or_default(), sampling };
         let session = slf.get();
         let core = run(slf.py(), || session.with(|model, session| Generation::new(model, session, request)))?;
-        Ok(Generator::new(slf.unbind(), core))
+        let speculator = speculator.map(|speculator| Arc::clone(&speculator.core));
+        let speculation = run(slf.py(), || {
+            speculator.map(|speculator| session.with(|model, _| speculator.speculation(model))).transpose()
+        })?;
+        Ok(Generator::new(slf.unbind(), core, speculation))
     }
 }

@@ -11,6 +11,7 @@ pub mod model;
 pub mod pack;
 pub mod probe;
 pub mod solve;
+pub mod speculate;
 pub mod threads;
 pub mod tokens;
 

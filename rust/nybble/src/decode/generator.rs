@@ -1,5 +1,6 @@
 //! The token loop.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -56,9 +57,16 @@ pub struct Generation {
     sampler: Sampler,
     /// Tokens that the next step computes.
     pending: Vec<u32>,
-    /// What the session held, the prompt, and the tokens given out.
+    /// What the session held, the prompt, and the tokens chosen.
     history: Vec<u32>,
-    logits: Vec<f32>, // [vocab]
+    /// Chosen tokens that were not given out yet.
+    ready: VecDeque<u32>,
+    /// Tokens chosen that are given out sooner or later.
+    chosen: usize,
+    started: bool,
+    vocab: usize,
+    logits: Vec<f32>, // [rows, vocab]
+    path: Vec<usize>,
     finish: Option<FinishReason>,
     stop_token: Option<u32>,
     metrics: GenerationMetrics,
@@ -83,7 +91,12 @@ impl Generation {
             request,
             sampler,
             history,
+            ready: VecDeque::with_capacity(1),
+            chosen: 0,
+            started: false,
+            vocab: model.spec().vocab,
             logits: Vec::new(),
+            path: Vec::new(),
             stop_token: None,
             metrics: GenerationMetrics::default(),
         })
@@ -97,51 +110,144 @@ impl Generation {
         session: &mut Session,
         stop: &dyn Fn() -> bool,
     ) -> Result<Option<u32>> {
-        if self.finish.is_some() {
-            return Ok(None);
+        if let Some(token) = self.give() {
+            return Ok(Some(token));
         }
-        let first = self.metrics.generated_tokens == 0 && self.metrics.decode_tokens == 0;
-        if !first && session.len() + self.pending.len() > model.context() {
-            self.finish = Some(FinishReason::Context);
+        if self.ended(model, session) {
             return Ok(None);
         }
         let start = Instant::now();
-        if first {
-            session.prefill(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
-        } else {
+        if self.started {
             session.forward(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
+        } else {
+            session.prefill(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
         }
-        let computed = Instant::now();
-        let token = self.sampler.sample(&mut self.logits, &self.history)?;
-        self.metrics.sample_seconds += computed.elapsed().as_secs_f64();
-        let seconds = (computed - start).as_secs_f64();
-        if first {
+        let seconds = start.elapsed().as_secs_f64();
+        if self.started {
+            self.count(self.pending.len(), seconds);
+        } else {
             self.metrics.prefill_tokens += self.pending.len();
             self.metrics.prefill_seconds += seconds;
             self.metrics.layer_tokens = session.layer_tokens().collect();
             self.metrics.kv_bytes = session.kv_bytes();
-        } else {
-            self.metrics.decode_tokens += self.pending.len();
-            self.metrics.decode_seconds += seconds;
+            self.started = true;
         }
+        self.choose(0)?;
+        Ok(self.give())
+    }
+
+    /// A step that computes drafts beside the next token: node 0 of a tree is that token, every other node a guess of what
+    /// follows its parent (see [`Session::forward_tree`]). At each node a token is chosen as [`Generation::step`] would, from
+    /// the same logits with the same random numbers, and as long as it is one of the node's children, that child is next:
+    /// what is chosen never depends on the guesses. [`Generation::step`] then gives out the tokens.
+    ///
+    /// Returns the nodes at which tokens were chosen, whose children along the path they are; the logits of all nodes are
+    /// [`Generation::logits`]. None if the generation has ended. It must have begun with a [`Generation::step`], all of whose
+    /// tokens were given out.
+    pub fn verify(
+        &mut self,
+        model: &Model,
+        session: &mut Session,
+        tokens: &[u32],
+        parents: &[usize],
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Option<&[usize]>> {
+        if !self.started || !self.ready.is_empty() || self.pending.first() != tokens.first() {
+            let expected = "drafts behind the last token, once it was given out";
+            return Err(Error::argument("tree", expected, format!("one from {:?}", tokens.first())));
+        }
+        if self.ended(model, session) {
+            return Ok(None);
+        }
+        let start = Instant::now();
+        session.forward_tree(model, tokens, parents, &mut self.logits, stop)?;
+        self.path.clear();
+        self.path.push(0);
+        loop {
+            let node = self.path[self.path.len() - 1];
+            let token = match self.choose(node) {
+                Ok(token) => token,
+                Err(error) => {
+                    session.accept(&[])?;
+                    return Err(error);
+                }
+            };
+            if self.finish.is_some() {
+                break;
+            }
+            let child = (node + 1..tokens.len()).find(|&at| parents[at] == node && tokens[at] == token);
+            let Some(child) = child else { break };
+            self.path.push(child);
+        }
+        session.accept(&self.path)?;
+        self.count(self.path.len(), start.elapsed().as_secs_f64());
+        Ok(Some(&self.path))
+    }
+
+    /// Whether it has ended; it has when the next token does not fit into the context.
+    fn ended(&mut self, model: &Model, session: &Session) -> bool {
+        if self.finish.is_none() && self.started && session.len() + self.pending.len() > model.context() {
+            self.finish = Some(FinishReason::Context);
+        }
+        self.finish.is_some()
+    }
+
+    /// Counts a pass after the first one.
+    fn count(&mut self, tokens: usize, seconds: f64) {
+        self.metrics.decode_tokens += tokens;
+        self.metrics.decode_steps += 1;
+        self.metrics.decode_seconds += seconds;
+    }
+
+    /// Chooses the token behind a row of the logits: it is the next to be computed, and to be given out unless it ends the
+    /// text.
+    fn choose(&mut self, row: usize) -> Result<u32> {
+        let start = Instant::now();
+        let vocab = self.vocab;
+        let token = self.sampler.sample(&mut self.logits[row * vocab..][..vocab], &self.history)?;
+        self.metrics.sample_seconds += start.elapsed().as_secs_f64();
         self.pending.clear();
         self.pending.push(token);
         if self.request.stop.contains(&token) {
             self.stop_token = Some(token);
             self.finish = Some(FinishReason::Stop);
-            return Ok(None);
+            return Ok(token);
         }
         self.history.push(token);
-        self.metrics.generated_tokens += 1;
-        if self.metrics.generated_tokens == self.request.max_new {
+        self.ready.push_back(token);
+        self.chosen += 1;
+        if self.chosen == self.request.max_new {
             self.finish = Some(FinishReason::Length);
         }
-        Ok(Some(token))
+        Ok(token)
+    }
+
+    /// Gives out a chosen token.
+    fn give(&mut self) -> Option<u32> {
+        let token = self.ready.pop_front()?;
+        self.metrics.generated_tokens += 1;
+        Some(token)
+    }
+
+    /// Whether the prompt was computed and every chosen token given out, but it has not ended: then [`Generation::verify`] may
+    /// be called.
+    pub fn awaits_drafts(&self) -> bool {
+        self.started && self.ready.is_empty() && self.finish.is_none()
+    }
+
+    /// What the session held, the prompt, and the tokens chosen; the last of them is not computed yet.
+    pub fn history(&self) -> &[u32] {
+        &self.history
+    }
+
+    /// Tokens that may still be chosen.
+    pub fn left(&self) -> usize {
+        self.request.max_new - self.chosen
     }
 
     /// Why it ended, once it has.
     pub fn finish_reason(&self) -> Option<FinishReason> {
-        self.finish
+        self.finish.filter(|_| self.ready.is_empty())
     }
 
     /// The stop token that ended it.
@@ -149,7 +255,7 @@ impl Generation {
         self.stop_token
     }
 
-    /// The logits of the last step, `[vocab]`, after the repeat penalty.
+    /// The logits of the last step, `[vocab]`, or `[nodes, vocab]`; after the repeat penalty where a token was chosen.
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
@@ -157,6 +263,11 @@ impl Generation {
     /// What it measured so far.
     pub fn metrics(&self) -> &GenerationMetrics {
         &self.metrics
+    }
+
+    /// The same, for whoever drafts.
+    pub(crate) fn metrics_mut(&mut self) -> &mut GenerationMetrics {
+        &mut self.metrics
     }
 }
 

@@ -9,9 +9,11 @@ pub struct GenerationMetrics {
     pub prefill_tokens: usize,
     /// Seconds for them, until the first logits.
     pub prefill_seconds: f64,
-    /// Tokens computed one at a time after that. The last token given out is never computed, so this is one less than the
-    /// number of generated tokens, unless a stop token ended it.
+    /// Tokens computed after that; of drafts those that were right. The last token given out is never computed, so this is one
+    /// less than the number of generated tokens, unless a stop token ended it.
     pub decode_tokens: usize,
+    /// Passes of the model for them.
+    pub decode_steps: usize,
     /// Seconds for them.
     pub decode_seconds: f64,
     /// Seconds spent choosing tokens.
@@ -22,6 +24,48 @@ pub struct GenerationMetrics {
     pub layer_tokens: Vec<usize>,
     /// Bytes of these keys and values.
     pub kv_bytes: usize,
+    /// What speculation did; none where it is off.
+    pub draft: Option<DraftMetrics>,
+}
+
+/// What speculation did in one generation.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct DraftMetrics {
+    /// Passes that computed drafts; the other ones of `decode_steps` computed one token.
+    pub drafted_steps: usize,
+    /// Drafted tokens computed.
+    pub drafted_tokens: usize,
+    /// Drafted tokens that were right.
+    pub accepted_tokens: usize,
+    /// How many passes gave 1, 2, 3, ... tokens.
+    pub tokens_by_step: Vec<usize>,
+    /// Tokens a pass of the model: 1 without speculation, the mean accepted tokens of the literature.
+    pub mean_accepted: Option<f64>,
+    /// Seconds spent drafting.
+    pub draft_seconds: f64,
+    /// Seconds of the passes that computed drafts; part of `decode_seconds`.
+    pub verify_seconds: f64,
+    /// Seconds spent learning from what the model said.
+    pub learn_seconds: f64,
+    /// Seconds spent measuring what several tokens cost, once for a model and machine.
+    pub measure_seconds: f64,
+    /// Tokens a second, with drafting and learning.
+    pub tokens_per_second: Option<f64>,
+    /// Tokens a second that plain decoding would give, by the times of one token in this process.
+    pub plain_tokens_per_second: Option<f64>,
+}
+
+impl DraftMetrics {
+    /// Counts a pass that gave so many tokens, after computing so many drafts.
+    pub(crate) fn count(&mut self, tokens: usize, drafted: usize) {
+        self.drafted_steps += usize::from(drafted > 0);
+        self.drafted_tokens += drafted;
+        self.accepted_tokens += tokens.saturating_sub(1);
+        self.tokens_by_step.resize(self.tokens_by_step.len().max(tokens), 0);
+        if let Some(count) = tokens.checked_sub(1).and_then(|place| self.tokens_by_step.get_mut(place)) {
+            *count += 1;
+        }
+    }
 }
 
 impl GenerationMetrics {
