@@ -1,6 +1,7 @@
 """``nybble bench``: how fast a model runs here."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -76,6 +77,36 @@ def bench(
     kv: options.Kv = None,
     prune_tokens: options.PruneTokens = None,
     prune_by: options.PruneBy = options.Criterion.START,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="WAY[,WAY]",
+            help="With --prompts: ways of drafting to compare with plain decoding (none): auto, or "
+            "sources with + between (recycle, suffix, ngram, random), and :paper or :N behind them "
+            "for a tree of that shape or size.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Answer these questions (Spec-Bench's JSON lines) instead, with and without "
+            "drafts.",
+            show_default=False,
+        ),
+    ] = None,
+    per_task: Annotated[
+        int | None,
+        typer.Option(
+            "--per-task",
+            min=1,
+            help="With --prompts: take only so many questions of each task.",
+            show_default=False,
+        ),
+    ] = None,
     output_format: Annotated[
         str | None,
         typer.Option(
@@ -96,13 +127,41 @@ def bench(
     The memory bandwidth is measured in the same minute and printed, since decoding is bound by it.
     """
     import nybble
-    from nybble.bench import add_bandwidth, bandwidth, combinations, machine, measure, report
+    from nybble.bench import (
+        add_bandwidth,
+        bandwidth,
+        combinations,
+        machine,
+        measure,
+        measure_drafts,
+        read_questions,
+        report,
+    )
     from nybble.cli import output
 
     if as_json and output_format not in (None, "json"):
         msg = f"--json contradicts -o {output_format}."
         raise typer.BadParameter(msg, param_hint="--json")
     form = "json" if as_json else output_format or "table"
+    if (draft is None) != (prompts is None) or (per_task is not None and prompts is None):
+        msg = "--draft and --prompts belong together, and --per-task to them."
+        raise typer.BadParameter(msg, param_hint="--draft")
+    if prompts is not None:
+        questions = read_questions(prompts, per_task)
+        ways = [way.strip() for way in (draft or "").split(",")]
+        for way in ways:
+            options.drafts(way)
+        language_model = nybble.load(options.open_path(model), threads, kv=kv)
+        with output.token_bar("bench", on=not quiet, unit="question") as bar:
+            records = measure_drafts(
+                language_model,
+                ways,
+                questions,
+                max_new_tokens=max(_lengths(gen)),
+                on_step=lambda name, done, total: bar.update(done, total, name),
+            )
+        _show_drafts(records, form)
+        return
     todo = combinations(_lengths(prompt), _lengths(gen), _lengths(depth))
     if not todo:
         msg = "-p and -n are both 0: there is nothing to measure."
@@ -137,6 +196,42 @@ def bench(
         output.show(_table(records), "", _surroundings(records[0]))
 
 
+_DRAFT_COLUMNS = ("draft", "task", "answers", "tok/s", "plain tok/s", "speedup", "tokens a pass")
+_DRAFT_FIGURES = (2, 3, 4, 5, 6)
+
+
+def _show_drafts(records: list[dict[str, Any]], form: str) -> None:
+    """Print what speculation was worth."""
+    from nybble.bench import report
+    from nybble.cli import output
+
+    rows = [
+        [
+            record["draft"],
+            record["task"],
+            str(record["answers"]),
+            f"{record['tokens_per_second']:.1f}",
+            f"{record['plain_tokens_per_second']:.1f}",
+            f"{record['speedup'] or 0:.2f}x",
+            f"{record['mean_accepted'] or 0:.2f}",
+        ]
+        for record in records
+    ]
+    if form == "json":
+        output.emit_json({"results": records})
+    elif form == "csv":
+        sys.stdout.write(report.csv_text(records))
+    elif form == "jsonl":
+        sys.stdout.write(report.jsonl_text(records))
+    elif form == "md":
+        sys.stdout.write(report.markdown_text(_DRAFT_COLUMNS, rows, set(_DRAFT_FIGURES)))
+    else:
+        table = output.grid("", _DRAFT_COLUMNS, right=_DRAFT_FIGURES)
+        for row in rows:
+            output.add(table, *row)
+        output.show(table)
+
+
 _COLUMNS = (
     "model",
     "size",
@@ -153,8 +248,6 @@ _FIGURES = (1, 2, 5, 7, 8)
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
-    from pathlib import Path
-
     from nybble.cli import output
 
     return [

@@ -53,6 +53,7 @@ def chat(
     context: options.ContextLimit = None,
     threads: options.Threads = None,
     kv: options.Kv = None,
+    draft: options.Draft = "auto",
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -68,7 +69,9 @@ def chat(
     from nybble.cli import output, sampling
     from nybble.errors import UnsupportedError
 
-    language_model = nybble.load(options.open_path(model), threads, context=context, kv=kv)
+    language_model = nybble.load(
+        options.open_path(model), threads, context=context, kv=kv, draft=options.drafts(draft)
+    )
     if "default" not in language_model.tokenizer.templates:
         msg = (
             f"a conversation with {language_model.path}: the model has no chat template; "

@@ -2,12 +2,14 @@
 
 import enum
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from nybble.speculate import Drafts
     from nybble.tokens import TokenPolicy
 
 
@@ -165,6 +167,60 @@ PruneBy = Annotated[
         "(start), that get the least (received), or any.",
     ),
 ]
+
+
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="SOURCES",
+        help="Guess several tokens ahead and check them together; the text stays the same. auto "
+        "where it is faster here; off; or sources with commas between: recycle, suffix, ngram.",
+    ),
+]
+
+
+DraftIndex = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft-index",
+        metavar="FILE",
+        help="Guess from these texts too; `nybble index` makes the file.",
+        show_default=False,
+    ),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model",
+        metavar="MODEL",
+        help="Guess with this small model of the same vocabulary too.",
+        show_default=False,
+    ),
+]
+
+
+def drafts(text: str, index: Path | None = None, model: str | None = None) -> "Drafts | str":
+    """Return what --draft and its companions mean to ``nybble.load``."""
+    from nybble.errors import ArgumentError
+    from nybble.speculate import parse
+
+    try:
+        settings = parse(text)
+    except ArgumentError as error:
+        raise typer.BadParameter(str(error), param_hint="--draft") from None
+    if index is None and model is None:
+        return text
+    if settings is None:
+        msg = "is off, but there are drafts to use."
+        raise typer.BadParameter(msg, param_hint="--draft")
+    more = [name for name, given in (("retrieval", index), ("model", model)) if given is not None]
+    return replace(
+        settings,
+        sources=(*more, *(source for source in settings.sources if source not in more)),
+        index=None if index is None else str(index),
+        model=None if model is None else str(open_path(model)),
+    )
 
 
 def token_policy(share: float | None, by: Criterion) -> "TokenPolicy | str | None":

@@ -63,6 +63,9 @@ def run(
     kv: options.Kv = None,
     prune_tokens: options.PruneTokens = None,
     prune_by: options.PruneBy = options.Criterion.START,
+    draft: options.Draft = "auto",
+    draft_index: options.DraftIndex = None,
+    draft_model: options.DraftModel = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -84,7 +87,12 @@ def run(
     choice = sampling.Choice(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     tokens = options.token_policy(prune_tokens, prune_by)
     language_model = nybble.load(
-        options.open_path(model), threads, context=context, kv=kv, tokens=tokens
+        options.open_path(model),
+        threads,
+        context=context,
+        kv=kv,
+        tokens=tokens,
+        draft=options.drafts(draft, draft_index, draft_model),
     )
     settings = {**choice.settings(), "stop": stop or ()}
     if chat:

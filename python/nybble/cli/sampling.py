@@ -43,9 +43,13 @@ def speeds(metrics: dict[str, Any]) -> dict[str, float | None]:
     def speed(tokens: float, seconds: float) -> float | None:
         return tokens / seconds if tokens and seconds > 0 else None
 
+    draft = metrics.get("draft") or {}
+    decoding = metrics["decode_seconds"] + sum(
+        draft.get(part, 0.0) for part in ("draft_seconds", "learn_seconds", "measure_seconds")
+    )
     return {
         "prefill_tokens_per_second": speed(metrics["prefill_tokens"], metrics["prefill_seconds"]),
-        "decode_tokens_per_second": speed(metrics["decode_tokens"], metrics["decode_seconds"]),
+        "decode_tokens_per_second": speed(metrics["decode_tokens"], decoding),
         "ttft_ms": metrics["prefill_seconds"] * 1e3,
     }
 
@@ -89,6 +93,9 @@ def summary(generation: "Generation", choice: Choice) -> str:
         f"peak memory {output.size(peak_rss())}",
         f"ended by {generation.finish_reason}",
     ]
+    draft = metrics.get("draft")
+    if draft and draft["drafted_steps"]:
+        parts.insert(2, f"{draft['mean_accepted']:.2f} tokens a pass")
     if choice.draws and choice.seed is None:
         parts.append(f"seed {generation.seed}")
     return " | ".join(parts)

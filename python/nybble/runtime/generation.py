@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,8 @@ class Stream(Iterator[str]):
         How many tokens the prompt had.
     seed
         The seed in use.
+    on_end
+        Called when it has ended.
     """
 
     def __init__(
@@ -169,8 +171,10 @@ class Stream(Iterator[str]):
         stops: Sequence[str],
         prompt_tokens: int,
         seed: int,
+        on_end: Callable[[], object] | None = None,
     ) -> None:
         self._raw = tokens
+        self._on_end = on_end
         self._decoder = decoder
         self._scanner = StopScanner(stops)
         self._prompt_tokens = prompt_tokens
@@ -196,6 +200,8 @@ class Stream(Iterator[str]):
                 piece = self._push(token)
                 if self._scanner.stopped:
                     self._done = True
+            if self._done and self._on_end is not None:
+                self._on_end()
             if piece:
                 self._pieces.append(piece)
                 return piece

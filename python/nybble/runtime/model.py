@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nybble.errors import ArgumentError
 from nybble.runtime.files import read_json
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
     from nybble import _nybble
     from nybble.runtime.tokenizer import Tokenizer
+    from nybble.speculate import Drafts
     from nybble.tokens import TokenMethod, TokenPolicy
+
+    _Draft: TypeAlias = Drafts | Mapping[str, Any] | Sequence[str] | str | bool | None
 
 __all__ = ["DEFAULT_NEW_TOKENS", "LanguageModel", "NybbleForCausalLM", "from_pretrained", "load"]
 
@@ -41,10 +45,14 @@ class LanguageModel:
         The extension's model.
     path
         The folder or file it came from.
+    draft
+        How it speculates, as for :func:`load`.
     """
 
-    def __init__(self, raw: _nybble.Model, path: Path) -> None:
+    def __init__(self, raw: _nybble.Model, path: Path, draft: _Draft = "off") -> None:
         self.raw = raw
+        self._draft = draft
+        self._speculators: dict[Drafts, _nybble.Speculator | None] = {}
         self.path = path
         self.info: dict[str, Any] = json.loads(raw.info())
         self.vocab_size = int(self.info["vocab"])
@@ -158,6 +166,7 @@ class LanguageModel:
         skip_special_tokens: bool = True,
         parse_special: bool = False,
         session: Session | None = None,
+        draft: _Draft = None,
     ) -> Stream:
         """Continue `prompt` and give out the text while it comes.
 
@@ -182,6 +191,9 @@ class LanguageModel:
             Whether control tokens spelled in a text prompt become control tokens.
         session
             The session to continue in: what `prompt` shares with it is not computed again.
+        draft
+            How to speculate, if not as the model was told when it was loaded; as for :func:`load`.
+            It changes the speed, never the tokens.
 
         Raises
         ------
@@ -215,6 +227,7 @@ class LanguageModel:
             ends=() if ignore_end else self.end_ids,
             skip_special_tokens=skip_special_tokens,
             session=session,
+            draft=draft,
             continues=isinstance(prompt, str),
         )
 
@@ -257,6 +270,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         skip_special_tokens: bool = True,
         session: Session | None = None,
+        draft: _Draft = None,
         **sampling: Any,
     ) -> Stream:
         """Answer the last of `messages` and give out the text while it comes.
@@ -269,7 +283,7 @@ class LanguageModel:
             Most tokens to generate.
         template_variables
             What else the chat template reads, ``tools`` for example.
-        do_sample, temperature, seed, stop, skip_special_tokens, session
+        do_sample, temperature, seed, stop, skip_special_tokens, session, draft
             As for :meth:`stream`.
         **sampling
             ``top_k``, ``top_p``, ``min_p``, ``repeat_penalty``, ``repeat_last_n``.
@@ -287,6 +301,7 @@ class LanguageModel:
             ends=tuple(sorted(ends)),
             skip_special_tokens=skip_special_tokens,
             session=session,
+            draft=draft,
             continues=False,
         )
 
@@ -305,6 +320,7 @@ class LanguageModel:
         ends: tuple[int, ...],
         skip_special_tokens: bool,
         session: Session | None,
+        draft: _Draft,
         continues: bool,
     ) -> Stream:
         import numpy as np
@@ -317,6 +333,7 @@ class LanguageModel:
         if session is None:
             session = self.session()
         rest = session.rewind(ids)
+        speculator = self.speculator(draft)
         raw = session.raw.generate(
             np.asarray(rest, dtype=np.uint32),
             new,
@@ -328,6 +345,7 @@ class LanguageModel:
             repeat_penalty=float(sampling.repeat_penalty),
             repeat_last_n=int(sampling.repeat_last_n),
             seed=int(sampling.seed),
+            speculator=speculator,
         )
         decoder = None
         if self.has_tokenizer:
@@ -343,7 +361,75 @@ class LanguageModel:
             stops=stops,
             prompt_tokens=len(ids),
             seed=sampling.seed,
+            on_end=None if speculator is None else lambda: self._keep_times(speculator),
         )
+
+    def speculator(self, draft: _Draft = None) -> _nybble.Speculator | None:
+        """Return what texts drafted that way share, made when first asked for.
+
+        Parameters
+        ----------
+        draft
+            As for :func:`load`; ``None`` for what the model was told there.
+
+        Returns
+        -------
+        The extension's object, or ``None`` where speculation is off: because that was asked for, or
+        by itself for a model whose attention cannot take drafts.
+        """
+        from nybble import _nybble
+        from nybble.errors import UnsupportedError
+        from nybble.speculate import parse, times
+
+        draft = self._draft if draft is None else draft
+        drafts = parse(draft)
+        if drafts is None:
+            return None
+        if drafts not in self._speculators:
+            try:
+                made = _nybble.Speculator(self.raw, drafts.to_json())
+            except UnsupportedError:
+                if draft != "auto":
+                    raise
+                self._speculators[drafts] = None
+                return None
+            if known := times.read(self.info):
+                with contextlib.suppress(ArgumentError):
+                    made.set_times(known)
+            self._speculators[drafts] = made
+            self._kept_times |= made.times() is not None
+        return self._speculators[drafts]
+
+    _kept_times = False
+
+    def _keep_times(self, speculator: _nybble.Speculator) -> None:
+        """Keep for later processes what was measured in this one."""
+        from nybble.speculate import times
+
+        if not self._kept_times and (found := speculator.times()) is not None:
+            self._kept_times = True
+            times.write(self.info, found)
+
+    def save_drafts(self, path: str | os.PathLike[str], draft: _Draft = None) -> None:
+        """Save what recycling learned, for ``draft={"matrix": path}``.
+
+        Parameters
+        ----------
+        path
+            The file; it is replaced as a whole.
+        draft
+            As for :meth:`speculator`.
+
+        Raises
+        ------
+        ArgumentError
+            When speculation is off.
+        """
+        speculator = self.speculator(draft)
+        if speculator is None:
+            message = "draft: expected speculation, found none"
+            raise ArgumentError(message)
+        speculator.save(path)
 
     def __repr__(self) -> str:
         return f"LanguageModel({str(self.path)!r}, {self.info.get('family')})"
@@ -376,6 +462,7 @@ def load(
     kv: str | None = None,
     mmap: bool = True,
     tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None = None,
+    draft: _Draft = "auto",
 ) -> LanguageModel:
     """Load a model.
 
@@ -397,6 +484,10 @@ def load(
         Which tokens of prompts are reduced: a :class:`nybble.tokens.TokenPolicy`, a method, or a
         mapping with the settings of either (see :func:`nybble.tokens.settings`). By default what
         the folder says; ``"off"`` for none.
+    draft
+        How to speculate; it changes the speed, never the tokens. ``"auto"`` where and as far as it
+        pays by measured times, ``"off"`` never; sources (``"recycle,ngram"``), a mapping, or
+        :class:`nybble.speculate.Drafts` choose how.
 
     Raises
     ------
@@ -411,7 +502,10 @@ def load(
     if context is not None:
         context = count("context", context)
     raw = _nybble.Model.open(place, threads, context, kv, mmap, _tokens(tokens))
-    return LanguageModel(raw, place)
+    from nybble.speculate import parse
+
+    parse(draft)  # what it names is opened when it is needed; what means nothing fails here
+    return LanguageModel(raw, place, draft)
 
 
 from_pretrained = load

@@ -1,0 +1,78 @@
+"""What several tokens in one pass cost, measured once for a model's shape on a machine and kept.
+
+The file is a convenience: where it cannot be written, or is damaged, the measurement (well below a
+second for small models) is made again in the next process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read", "write"]
+
+_MAX_BYTES = 1 << 16
+
+
+def _folder() -> Path:
+    from nybble.hub.cache import cache_dir
+
+    return cache_dir() / "times"
+
+
+def _path(info: Mapping[str, Any]) -> Path:
+    """Return the file of a model's shape: all that its speed depends on, and nothing else."""
+    from nybble import __version__
+    from nybble.bench.machine import cpu_name
+
+    names = ("layers", "hidden", "heads", "kv_heads", "vocab", "parameters", "weight_bytes")
+    shape = {name: info[name] for name in (*names, "kv_type", "kernels", "threads")}
+    key = json.dumps([__version__, cpu_name(), shape], sort_keys=True)
+    return _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def read(info: Mapping[str, Any]) -> list[tuple[int, float]] | None:
+    """Return rows and seconds measured earlier, if there are any.
+
+    Parameters
+    ----------
+    info
+        What the model says of itself.
+    """
+    try:
+        path = _path(info)
+        if path.stat().st_size > _MAX_BYTES:
+            return None
+        points = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [(int(rows), float(seconds)) for rows, seconds in points]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write(info: Mapping[str, Any], times: list[tuple[int, float]]) -> None:
+    """Keep rows and seconds for later processes, if the cache folder can be written.
+
+    Parameters
+    ----------
+    info
+        What the model says of itself.
+    times
+        Rows computed together, and seconds.
+    """
+    with contextlib.suppress(OSError):
+        path = _path(info)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"rows": times}, file)
+            Path(name).replace(path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
