@@ -5,6 +5,15 @@ import pytest
 from tiny import write_llama, write_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def _own_times(tmp_path_factory, monkeypatch):
+    """What a pass costs is kept for later processes, but not from one test to another."""
+    from nybble.speculate import times
+
+    folder = tmp_path_factory.mktemp("times")
+    monkeypatch.setattr(times, "_folder", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random Llama folder with a byte-level tokenizer and a chat template; do not change it."""

@@ -12,14 +12,13 @@ are up to 1024).
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ArgumentError, FormatError
+from nybble.eval.text import read_rows
 
 if TYPE_CHECKING:
     from nybble import _nybble
@@ -30,7 +29,6 @@ __all__ = ["PLAIN", "Question", "measure_drafts", "read_questions"]
 #: The way that all others are compared with.
 PLAIN = "none"
 
-_MAX_BYTES = 64 << 20
 _WARM_TOKENS = 24
 #: Spec-Bench's first task is MT-bench, whose questions keep their own categories.
 _MULTI_TURN = (
@@ -65,7 +63,7 @@ def read_questions(path: Path, per_task: int | None = None) -> list[Question]:
     Parameters
     ----------
     path
-        A file in Spec-Bench's form, compressed or not.
+        A ``.jsonl`` or ``.jsonl.gz`` file in Spec-Bench's form.
     per_task
         Take only so many of each task, spread evenly over the file.
 
@@ -74,22 +72,9 @@ def read_questions(path: Path, per_task: int | None = None) -> list[Question]:
     FormatError
         When a line is something else, or there is none.
     """
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        with gzip.open(path) as file:
-            data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        message = f"{path}: expected at most {_MAX_BYTES} bytes of questions, found more"
-        raise FormatError(message)
     tasks: dict[str, list[Question]] = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            category, turns = record["category"], record["turns"]
-        except (ValueError, KeyError, TypeError):
-            category, turns = None, None
+    for number, row in read_rows(path):
+        category, turns = row.get("category"), row.get("turns")
         if (
             not isinstance(category, str)
             or not isinstance(turns, list)

@@ -11,7 +11,19 @@ from typing import Annotated
 
 import typer
 
-from nybble.cli import bench, chat, compress, demo, doctor, evaluate, inspect, methods, pull, run
+from nybble.cli import (
+    bench,
+    chat,
+    compress,
+    demo,
+    doctor,
+    evaluate,
+    index,
+    inspect,
+    methods,
+    pull,
+    run,
+)
 from nybble.cli.boundary import INTERRUPTED, READER_GONE, silence_stdout, verb
 
 app = typer.Typer(
@@ -31,6 +43,7 @@ app.command("compress")(verb(compress.compress))
 app.command("run")(verb(run.run))
 app.command("chat")(verb(chat.chat))
 app.command("eval")(verb(evaluate.evaluate))
+app.command("index")(verb(index.index))
 app.command("bench")(verb(bench.bench))
 app.command("inspect")(verb(inspect.inspect))
 app.command("methods")(verb(methods.methods))

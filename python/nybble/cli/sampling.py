@@ -45,7 +45,7 @@ def speeds(metrics: dict[str, Any]) -> dict[str, float | None]:
 
     draft = metrics.get("draft") or {}
     decoding = metrics["decode_seconds"] + sum(
-        draft.get(part, 0.0) for part in ("draft_seconds", "learn_seconds", "measure_seconds")
+        draft.get(part, 0.0) for part in ("draft_seconds", "learn_seconds")
     )
     return {
         "prefill_tokens_per_second": speed(metrics["prefill_tokens"], metrics["prefill_seconds"]),

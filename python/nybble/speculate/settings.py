@@ -94,8 +94,8 @@ def parse(draft: object) -> Drafts | None:
     draft
         ``"auto"``, ``True`` or ``None`` for the defaults; ``"off"``, ``"none"`` or ``False`` for
         none; sources with commas or plus signs between (``"recycle,ngram"``), behind which a colon
-        may name the tree (``"recycle:paper"``, ``"recycle:8"``), or a sequence of sources; a mapping with the
-        fields of :class:`Drafts`; or one.
+        may name the tree (``"recycle:paper"``, ``"recycle:8"``), or a sequence of sources; a
+        mapping with the fields of :class:`Drafts`; or one.
 
     Raises
     ------

@@ -12,6 +12,9 @@ const ROWS: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 /// Rounds of timing; the shortest time of each counts, which other programs disturb least.
 const ROUNDS: usize = 3;
 
+/// Seconds after which every number of rows is timed once only.
+const BUDGET: f64 = 0.4;
+
 /// Times of one row beyond which more rows are not timed: no tree gives that many tokens.
 const WORTHLESS: f64 = 5.0;
 
@@ -33,10 +36,14 @@ impl Times {
     /// Measures them. `pass(rows)` computes so many rows.
     pub fn measure<E>(most: usize, mut pass: impl FnMut(usize) -> Result<(), E>) -> Result<Self, E> {
         let mut points: Vec<(usize, f64)> = Vec::new();
+        let begin = Instant::now();
         pass(1)?; // memory is made
         for rows in ROWS.into_iter().filter(|rows| *rows <= most.max(1)) {
             let mut best = f64::INFINITY;
-            for _ in 0..ROUNDS {
+            for round in 0..ROUNDS {
+                if round > 0 && begin.elapsed().as_secs_f64() > BUDGET {
+                    break;
+                }
                 let start = Instant::now();
                 pass(rows)?;
                 best = best.min(start.elapsed().as_secs_f64());
