@@ -65,7 +65,7 @@ def test_settings_are_read_in_all_their_forms():
     assert parse("recycle, ngram") == Drafts(("recycle", "ngram"))
     assert parse(["ngram"]) == parse("ngram") == parse({"sources": "ngram"})
     assert parse("recycle:paper") == Drafts(("recycle",), template="paper")
-    assert parse("suffix+recycle:8") == Drafts(nodes=8)
+    assert parse("suffix+pairs+recycle:8") == Drafts(nodes=8)
     assert parse({"sources": ["recycle"], "template": [3, 1]}).template == (3, 1)
     for wrong in ("warp", "", ["warp"], {"source": "ngram"}, {"start": "warm"}, [], 3.5):
         with pytest.raises(ArgumentError, match="draft"):

@@ -13,7 +13,7 @@ from nybble.errors import ArgumentError
 __all__ = ["SOURCES", "Drafts", "parse"]
 
 #: Where drafts may come from.
-SOURCES = ("recycle", "ngram", "suffix", "retrieval", "model", "random")
+SOURCES = ("recycle", "pairs", "ngram", "suffix", "retrieval", "model", "random")
 
 _OFF = ("off", "none")
 
@@ -32,7 +32,8 @@ class Drafts:
     ----------
     sources
         ``recycle`` is Token Recycling ("Turning Trash into Treasure", arXiv 2408.08696): what the
-        model held for likely after the same token before, whether it was right or not. ``suffix``
+        model held for likely after the same token before, whether it was right or not;
+        ``pairs`` is the same by the last two tokens. ``suffix``
         copies what followed the longest match of the last tokens in the conversation
         (arXiv 2411.10666), ``ngram`` what followed the last three, two or one. ``retrieval`` copies
         from a datastore of text (RASD, arXiv 2503.03434) made with ``nybble index``. ``model`` asks
@@ -59,7 +60,7 @@ class Drafts:
         When a setting is of the wrong kind; what it means is checked by the core.
     """
 
-    sources: tuple[str, ...] = ("suffix", "recycle")
+    sources: tuple[str, ...] = ("suffix", "pairs", "recycle")
     k: int = 8
     start: str = "hot"
     nodes: int | None = None

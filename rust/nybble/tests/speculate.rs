@@ -196,6 +196,7 @@ fn every_drafter_gives_the_plain_tokens() {
         small,
         settings(&[Source::Ngram]),
         settings(&[Source::Random]),
+        Settings { nodes: Some(9), ..settings(&[Source::Pairs, Source::Ngram]) },
     ] {
         let what = format!("{settings:?}");
         let speculator = Speculator::new(&model, settings).expect("good");

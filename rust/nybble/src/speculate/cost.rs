@@ -165,7 +165,7 @@ mod tests {
         for token in 0..6 {
             tree.add(token as usize, token, sure, &statistics);
         }
-        tree.settle();
+        tree.settle(&statistics);
         tree.by_reach(&mut order);
         // 1 + n tokens in t(n + 1): 4 / 1.5 is the best of 2 / 1.1, 3 / 1.3, 4 / 1.5, 5 / 1.9, 6 / 2.3, 7 / 2.7.
         assert_eq!(times().best(&tree, &order, 0.0, 6), 3);
@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(times().best(&tree, &order, 10.0, 6), 0);
         tree.reset(0);
         tree.add(0, 1, wrong, &statistics);
-        tree.settle();
+        tree.settle(&statistics);
         tree.by_reach(&mut order);
         assert_eq!(times().best(&tree, &order, 0.0, 6), 0);
     }

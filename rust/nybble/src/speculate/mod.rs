@@ -22,6 +22,7 @@ mod datastore;
 mod draft_model;
 mod file;
 mod ngram;
+mod pairs;
 mod random;
 mod recycle;
 mod settings;
@@ -35,6 +36,7 @@ pub use cost::Times;
 pub use datastore::{Datastore, Retrieval};
 pub use draft_model::DraftModel;
 pub use ngram::Ngram;
+pub use pairs::{PairTable, Pairs};
 pub use random::Random;
 pub use recycle::{Matrix, Recycle, SharedMatrix};
 pub use settings::{Settings, Shape, Source, Start};
@@ -59,6 +61,10 @@ pub struct Text<'a> {
 pub struct Step<'a> {
     /// Tokens computed: the last certain one, then drafts.
     pub tokens: &'a [u32],
+    /// Which of them each stands behind; the first's own entry does not matter.
+    pub parents: &'a [usize],
+    /// The token before the first one.
+    pub before: Option<u32>,
     /// The logits after each of them, `[tokens, vocab]`.
     pub logits: &'a [f32],
     /// Size of the vocabulary.
@@ -69,6 +75,13 @@ impl<'a> Step<'a> {
     /// Tokens with the logits after them.
     pub fn rows(&self) -> impl Iterator<Item = (u32, &'a [f32])> {
         self.tokens.iter().copied().zip(self.logits.chunks_exact(self.vocab.max(1)))
+    }
+
+    /// The token before that of each row.
+    pub fn previous(&self) -> impl Iterator<Item = Option<u32>> {
+        let before =
+            |(row, &parent): (usize, &usize)| if row == 0 { self.before } else { Some(self.tokens[parent]) };
+        self.parents.iter().enumerate().map(before)
     }
 }
 

@@ -83,8 +83,7 @@ impl Matrix {
 
     /// How sure the model was of the first successor of a token: a class below [`statistics::MARGINS`].
     fn margin(&self, token: u32) -> usize {
-        let margin = f32::from(self.margins[token as usize]) / MARGIN_STEPS;
-        [0.5, 1.5, 3.0, 5.0].iter().filter(|edge| margin >= **edge).count()
+        margin_class(self.margins[token as usize])
     }
 
     /// Replaces a token's successors by the likeliest ones of the logits after it.
@@ -94,7 +93,7 @@ impl Matrix {
         let found = top(logits, row, &mut values[..self.k]);
         row[found..].fill(NONE);
         let margin = if found > 1 { values[0] - values[1] } else { 0.0 };
-        self.margins[token as usize] = (margin * MARGIN_STEPS).clamp(0.0, 255.0) as u8;
+        self.margins[token as usize] = margin_code(margin);
     }
 
     /// Forgets everything.
@@ -147,6 +146,17 @@ impl Matrix {
         matrix.margins.copy_from_slice(&margins[..vocab]);
         Ok(matrix)
     }
+}
+
+/// A margin between the best two logits in a byte.
+pub(super) fn margin_code(margin: f32) -> u8 {
+    (margin * MARGIN_STEPS).clamp(0.0, 255.0) as u8
+}
+
+/// The class of a margin, below [`statistics::MARGINS`].
+pub(super) fn margin_class(code: u8) -> usize {
+    let margin = f32::from(code) / MARGIN_STEPS;
+    [0.5, 1.5, 3.0, 5.0].iter().filter(|edge| margin >= **edge).count()
 }
 
 /// A matrix that several texts learn from and draft with.

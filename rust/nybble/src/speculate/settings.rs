@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 pub enum Source {
     /// The adjacency matrix of Token Recycling.
     Recycle,
+    /// Recycling by pairs of tokens.
+    Pairs,
     /// Prompt lookup.
     Ngram,
     /// A suffix automaton over the conversation.
@@ -72,7 +74,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            sources: vec![Source::Suffix, Source::Recycle],
+            sources: vec![Source::Suffix, Source::Pairs, Source::Recycle],
             k: 8,
             start: Start::Hot,
             nodes: None,

@@ -8,6 +8,7 @@ use super::cost::Times;
 use super::datastore::{Datastore, Retrieval};
 use super::draft_model::DraftModel;
 use super::ngram::Ngram;
+use super::pairs::{PairTable, Pairs};
 use super::random::Random;
 use super::recycle::{Matrix, Recycle, SharedMatrix, lock};
 use super::settings::{Settings, Source, Start};
@@ -51,6 +52,7 @@ pub struct Speculator {
     settings: Settings,
     vocab: usize,
     matrix: SharedMatrix,
+    pairs: Arc<Mutex<PairTable>>,
     shared: Arc<Mutex<Shared>>,
     datastore: Option<Arc<Datastore>>,
     model: Option<Arc<Model>>,
@@ -91,6 +93,7 @@ impl Speculator {
             settings,
             vocab,
             matrix,
+            pairs: Arc::default(),
             shared: Arc::default(),
             datastore: datastore.map(Arc::new),
             model: small.map(Arc::new),
@@ -125,6 +128,7 @@ impl Speculator {
     /// Forgets everything but what rows cost.
     pub fn forget(&self) {
         lock(&self.matrix).clear();
+        lock(&self.pairs).clear();
         lock(&self.shared).statistics = Statistics::default();
     }
 
@@ -145,6 +149,10 @@ impl Speculator {
         for source in &self.settings.sources {
             drafts.push(match source {
                 Source::Suffix => Box::new(Suffix::default()),
+                Source::Pairs => Box::new(Pairs::new(match self.settings.start {
+                    Start::Hot => Arc::clone(&self.pairs),
+                    Start::Cold => Arc::default(),
+                })),
                 Source::Ngram => Box::new(Ngram::default()),
                 Source::Random => Box::new(Random::new(self.vocab, 0)),
                 Source::Recycle => {
@@ -164,8 +172,10 @@ impl Speculator {
                 },
             });
         }
-        // The matrix continues what the others begin, so it comes last.
-        drafts.sort_by_key(|draft| draft.name() == "recycle");
+        // These continue what the others begin, the surer one first.
+        drafts.sort_by_key(|draft| {
+            ["pairs", "recycle"].iter().position(|name| *name == draft.name()).map_or(0, |i| i + 1)
+        });
         let mut speculation = Speculation::new(drafts, size);
         speculation.shared = Arc::clone(&self.shared);
         Ok(speculation)
@@ -233,9 +243,10 @@ impl Speculation {
         if !generation.awaits_drafts() {
             let computed = generation.metrics().prefill_tokens;
             let token = generation.step(model, session, stop)?;
-            if generation.metrics().prefill_tokens > computed {
-                let last = session.tokens().last().copied().into_iter().collect::<Vec<_>>();
-                self.learn(generation, &last, model.spec().vocab);
+            if generation.metrics().prefill_tokens > computed
+                && let Some((&last, earlier)) = session.tokens().split_last()
+            {
+                self.learn(generation, &[last], &[0], earlier.last().copied(), model.spec().vocab);
             }
             return Ok(token);
         }
@@ -286,7 +297,7 @@ impl Speculation {
                 let mut next = None;
                 for child in self.tree.children(at) {
                     let node = &self.tree.nodes()[child];
-                    for &kind in node.kinds() {
+                    for &kind in node.kinds().iter().chain(&node.agreed) {
                         shared.statistics.count(kind, node.token == token);
                     }
                     if node.token == token {
@@ -301,9 +312,10 @@ impl Speculation {
             }
         }
         let tokens = generation.history().len() - known + stopped;
-        let tokens_now = std::mem::take(&mut self.tokens);
-        let learned = self.learn(generation, &tokens_now, vocab);
-        self.tokens = tokens_now;
+        let before = known.checked_sub(2).map(|place| generation.history()[place]);
+        let (nodes, parents) = (std::mem::take(&mut self.tokens), std::mem::take(&mut self.parents));
+        let learned = self.learn(generation, &nodes, &parents, before, vocab);
+        (self.tokens, self.parents) = (nodes, parents);
         self.overhead += NEWS * (drafted + learned - self.overhead);
         let plain = lock(&self.shared).times.as_ref().map(|times| times.of(1));
         let metrics = generation.metrics_mut();
@@ -321,9 +333,16 @@ impl Speculation {
     }
 
     /// Shows the drafters a pass, and returns the seconds it took.
-    fn learn(&mut self, generation: &mut Generation, tokens: &[u32], vocab: usize) -> f64 {
+    fn learn(
+        &mut self,
+        generation: &mut Generation,
+        tokens: &[u32],
+        parents: &[usize],
+        before: Option<u32>,
+        vocab: usize,
+    ) -> f64 {
         let start = Instant::now();
-        let step = Step { tokens, logits: generation.logits(), vocab };
+        let step = Step { tokens, parents, before, logits: generation.logits(), vocab };
         for draft in &mut self.drafts {
             draft.learn(&step);
         }
@@ -354,7 +373,7 @@ impl Speculation {
         for draft in &mut self.drafts {
             draft.propose(&Text { tokens }, &mut self.tree, &shared.statistics)?;
         }
-        self.tree.settle();
+        self.tree.settle(&shared.statistics);
         self.tree.by_reach(&mut self.order);
         let nodes = self.tree.nodes();
         self.order.retain(|&node| nodes[node].depth <= depth);

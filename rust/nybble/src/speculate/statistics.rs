@@ -25,13 +25,18 @@ const LENGTHS: usize = 8;
 /// Classes of a drafter's own probability.
 const SHARES: usize = 8;
 
+/// Classes of the probability of what several drafters propose, were they independent.
+const AGREEMENTS: usize = 16;
+
 const RECYCLE: usize = 0;
 const SUFFIX: usize = RECYCLE + MARGINS * RANKS * DEPTHS;
-const NGRAM: usize = SUFFIX + LENGTHS * DEPTHS;
+const PAIRS: usize = SUFFIX + LENGTHS * DEPTHS;
+const NGRAM: usize = PAIRS + MARGINS * RANKS * DEPTHS;
 const RETRIEVAL: usize = NGRAM + LENGTHS * DEPTHS;
 const MODEL: usize = RETRIEVAL + LENGTHS * SHARES;
 const RANDOM: usize = MODEL + SHARES;
-const KINDS: usize = RANDOM + 1;
+const AGREED: usize = RANDOM + 1;
+const KINDS: usize = AGREED + AGREEMENTS;
 
 /// The probabilities of ranks that give 80 nodes of Token Recycling the mean accepted length its paper reports.
 pub const RANK_PRIORS: [f32; RANKS] = [0.457, 0.089, 0.065, 0.043, 0.037, 0.020, 0.016, 0.007];
@@ -61,6 +66,11 @@ pub fn recycle(margin: usize, rank: usize, depth: usize) -> u16 {
     (RECYCLE + row * DEPTHS + depth_class(depth)) as u16
 }
 
+/// A guess out of the table of pairs.
+pub fn pairs(margin: usize, rank: usize, depth: usize) -> u16 {
+    PAIRS as u16 + recycle(margin, rank, depth)
+}
+
 /// A continuation of a match of that length found by the suffix automaton.
 pub fn suffix(length: usize, depth: usize) -> u16 {
     (SUFFIX + length_class(length) * DEPTHS + depth_class(depth)) as u16
@@ -86,6 +96,11 @@ pub fn random() -> u16 {
     RANDOM as u16
 }
 
+/// What several drafters propose, with that probability if they were independent.
+pub fn agreed(probability: f32) -> u16 {
+    (AGREED + ((probability * AGREEMENTS as f32) as usize).min(AGREEMENTS - 1)) as u16
+}
+
 /// Decayed counts of right guesses, by kind.
 #[derive(Debug, Clone)]
 pub struct Statistics {
@@ -101,6 +116,7 @@ impl Default for Statistics {
             for (rank, chance) in RANK_PRIORS.into_iter().enumerate() {
                 for margin in 0..MARGINS {
                     believe(recycle(margin, rank, depth), chance);
+                    believe(pairs(margin, rank, depth), chance);
                 }
             }
             for length in [1, 2, 3, 4, 5, 7, 10, 16] {
@@ -116,7 +132,11 @@ impl Default for Statistics {
             }
             believe(model(share), share);
         }
-        believe(random(), 0.3);
+        for class in 0..AGREEMENTS {
+            let probability = (class as f32 + 0.5) / AGREEMENTS as f32;
+            believe(agreed(probability), 0.9 * probability);
+        }
+        believe(random(), 0.05);
         Self { right, seen: vec![PRIOR; KINDS] }
     }
 }
@@ -156,6 +176,7 @@ mod tests {
         for depth in 1..=DEPTHS {
             for rank in 0..RANKS {
                 all.extend((0..MARGINS).map(|margin| recycle(margin, rank, depth)));
+                all.extend((0..MARGINS).map(|margin| pairs(margin, rank, depth)));
             }
             for length in [1, 2, 3, 4, 5, 7, 10, 16] {
                 all.extend([suffix(length, depth), ngram(length, depth)]);
@@ -167,6 +188,7 @@ mod tests {
             all.push(model(share));
         }
         all.push(random());
+        all.extend((0..AGREEMENTS).map(|class| agreed((class as f32 + 0.5) / AGREEMENTS as f32)));
         assert_eq!(all.len(), KINDS);
         all.sort_unstable();
         all.dedup();

@@ -1,6 +1,6 @@
 //! The tree that all drafters write into.
 
-use super::statistics::Statistics;
+use super::statistics::{self, Statistics};
 
 /// Most nodes of a tree besides the root.
 pub const MAX_NODES: usize = 255;
@@ -21,6 +21,8 @@ pub struct Node {
     pub chance: f32,
     /// Probability that it and all before it are right.
     pub reach: f32,
+    /// The kind of what several drafters propose, once the tree is settled.
+    pub agreed: Option<u16>,
     kinds: [u16; KINDS],
     known_kinds: usize,
     first_child: Option<usize>,
@@ -58,6 +60,7 @@ impl DraftTree {
             depth,
             chance,
             reach,
+            agreed: None,
             kinds: [0; KINDS],
             known_kinds: 0,
             first_child: None,
@@ -138,9 +141,14 @@ impl DraftTree {
         tokens.reverse();
     }
 
-    /// Brings every node's reach up to date, after the chances of nodes above it grew, and keeps what children of one node have
-    /// together at 1 or less.
-    pub fn settle(&mut self) {
+    /// Brings every node's reach up to date once all drafters have proposed, and keeps what children of one node have together
+    /// at 1 or less. Drafters are not independent of each other: what several of them propose gets the probability that such
+    /// nodes were seen to have.
+    pub fn settle(&mut self, statistics: &Statistics) {
+        for node in self.nodes.iter_mut().filter(|node| node.known_kinds > 1) {
+            let kind = statistics::agreed(node.chance);
+            (node.agreed, node.chance) = (Some(kind), statistics.chance(kind));
+        }
         for parent in 0..self.nodes.len() {
             let total: f32 = self.children(parent).map(|child| self.nodes[child].chance).sum();
             let factor = if total > 1.0 { 1.0 / total } else { 1.0 };
