@@ -100,6 +100,10 @@ impl Times {
         if let Ok(place) = self.points.binary_search_by_key(&rows, |point| point.0) {
             self.points[place].1 *= 1.0 + NEWS * (ratio / common - 1.0) * 0.5;
         }
+        // More rows never take less, whatever a disturbance makes it look like.
+        for place in 1..self.points.len() {
+            self.points[place].1 = self.points[place].1.max(self.points[place - 1].1);
+        }
     }
 
     /// How many of a tree's nodes, taken in `order`, to compute so that tokens come fastest; `overhead` are seconds that each
