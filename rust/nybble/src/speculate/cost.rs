@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::tree::DraftTree;
 
 /// Numbers of rows that are timed; those between are interpolated.
-const ROWS: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
+const ROWS: [usize; 11] = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32];
 
 /// Rounds of timing; the shortest time of each counts, which other programs disturb least.
 const ROUNDS: usize = 3;
