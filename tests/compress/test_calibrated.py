@@ -86,6 +86,57 @@ def test_the_report_says_what_was_looked_at(tiny_folder, text, tmp_path):
             assert 0 < tensor.error < 0.2
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_static_scales_are_stored_and_run(tiny_folder, text, tmp_path, bits):
+    from safetensors.numpy import load_file
+
+    from nybble.formats.compressed_tensors import QuantizedModules
+
+    lost = {}
+    rows = windows(byte_level_tokenizer())
+    wanted = logits(tiny_folder, rows)
+    for strategy in ("token", "tensor"):
+        recipe = {
+            "weights": {"bits": 8},
+            "activations": {"bits": bits, "strategy": strategy, "roles": {"out": 16}},
+        }
+        calibrated = {} if strategy == "token" else {"calibration": text, "calibration_tokens": 512}
+        compress(tiny_folder, tmp_path / strategy, recipe=recipe, **calibrated)
+        difference = logits(tmp_path / strategy, rows) - wanted
+        lost[strategy] = np.square(difference).sum() / np.square(wanted).sum()
+    assert lost["token"] != lost["tensor"] < (0.01 if bits == 8 else 0.3)
+    tensors = load_file(tmp_path / "tensor" / "model.safetensors")
+    steps = {name: value for name, value in tensors.items() if name.endswith("input_scale")}
+    # q, k, v; gate, up; down: the output projection reads floats here.
+    assert len(steps) == 6 * len([name for name in tensors if name.endswith("o_proj.weight_scale")])
+    of = {name.split(".")[-2]: float(value[0]) for name, value in steps.items()}
+    assert of["q_proj"] == of["k_proj"] == of["v_proj"] != of["up_proj"] == of["gate_proj"]
+    config = json.loads((tmp_path / "tensor" / "config.json").read_text())
+    modules = QuantizedModules(config["quantization_config"])
+    assert modules.scheme("model.layers.0.mlp.down_proj", "Linear").static
+    assert not modules.scheme("model.layers.0.self_attn.o_proj", "Linear").static
+
+
+def test_the_stored_scale_is_what_the_run_time_rounds_with(tiny_folder, text, tmp_path):
+    # A scale a thousand times too large leaves no codes but 0: all that layers add is lost.
+    from safetensors.numpy import load_file, save_file
+
+    recipe = {"weights": {"bits": 8}, "activations": {"strategy": "tensor", "dynamic": False}}
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, calibration=text)
+    file = tmp_path / "out" / "model.safetensors"
+    before = logits(tmp_path / "out", [[1, 2, 3, 4]])
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("input_scale"):
+            tensors[name] = 1000 * tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    after = logits(tmp_path / "out", [[1, 2, 3, 4]])
+    last = logits(tmp_path / "out", [[4]])
+    assert np.abs(after - before).max() > 0.01
+    # Without attention a token's logits do not depend on those before it.
+    np.testing.assert_allclose(after[-1], last[-1], atol=1e-5)
+
+
 def test_the_same_run_gives_the_same_bytes(tiny_folder, text, tmp_path):
     recipe = {**GPTQ, "folds": ["trip"]}
     for name, threads in (("a", 1), ("b", 2)):

@@ -69,7 +69,16 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"activations": {"roles": {"dwn": 4}}}, ["role 'dwn'", "did you mean down"]),
         ({"activations": {"roles": {"down": 5}}}, ["activations.roles.down", "5"]),
         ({"activations": {"roles": 4}}, ["activations.roles", "mapping"]),
-        ({"activations": {"strategy": "tensor"}}, ["activations.strategy"]),
+        ({"activations": {"strategy": "channel"}}, ["activations.strategy", "tensor"]),
+        ({"activations": {"dynamic": 1}}, ["activations.dynamic"]),
+        (
+            {"activations": {"strategy": "tensor", "dynamic": True}},
+            ["strategy tensor and dynamic true", "of a group or a token"],
+        ),
+        (
+            {"activations": {"strategy": "token", "dynamic": False}},
+            ["strategy token and dynamic false", "of a tensor"],
+        ),
         ({"embedding": {"bits": 2}}, ["bits", "2"]),
         ({"head": {"group": "all"}}, ["group", "all"]),
         ({"ignore": [3]}, ["ignore", "patterns"]),
@@ -100,6 +109,10 @@ def test_who_needs_calibration():
     assert read({"weights": {"method": "gptq"}}).needs_calibration() == "weights.method"
     assert read({"weights": {"method": "gptq", "bits": 16}}).needs_calibration() == ""
     assert read({"folds": "awq"}).needs_calibration() == "folds"
+    static = {"strategy": "tensor", "dynamic": False}
+    assert read({"activations": static}).needs_calibration() == "activations.strategy"
+    assert read({"activations": {**static, "bits": 16}}).needs_calibration() == ""
+    assert read({"activations": static, "weights": {"bits": 16}}).needs_calibration() == ""
     agile = read("agile-quant-8")
     assert agile.linear_scheme("down") == Scheme(4, 128, False, 8, "group")
     assert isinstance(agile.weights.quantizer(), Gptq)

@@ -34,6 +34,7 @@ from nybble.compress.source import Source
 from nybble.errors import FileError, FormatError
 from nybble.quant.base import Floats, IntWeights
 from nybble.quant.fold import pairs, rescale
+from nybble.quant.static import static_scale
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +54,15 @@ class Rounded:
         Sums of squares of its error and of the weights that were rounded.
     output_error
         Relative squared error of the outputs, if the inputs' second moments were collected.
+    input_scale
+        The step of its inputs, if that is found beforehand.
     """
 
     integers: IntWeights
     error: float
     norm: float
     output_error: float | None
+    input_scale: float | None
 
 
 class CalibratedPass:
@@ -252,11 +256,15 @@ class CalibratedPass:
     def _see(
         self, layer: Layer, stage: int, hidden: list[torch.Tensor], original: dict[int, Floats]
     ) -> InputStats | None:
-        """Collect what the quantizer needs of a stage's inputs."""
-        if not self._quantizer.needs:
+        """Collect what the quantizer, and a step of the inputs, need of a stage's inputs."""
+        needs = self._quantizer.needs
+        schemes = [self._items[name].scheme for name in layer.stages[stage]]
+        if any(scheme is not None and scheme.static for scheme in schemes):
+            needs |= {"sample"}
+        if not needs:
             return None
         name = layer.stages[stage][0]
-        stats = InputStats(name, layer.weight(name).shape[1], self._quantizer.needs)
+        stats = InputStats(name, layer.weight(name).shape[1], needs)
         for window, inputs in layer.inputs(stage, hidden):
             stats.update(inputs, original.pop(window, None))
         return stats
@@ -289,7 +297,12 @@ class CalibratedPass:
         arrays[f"{item.name}.scales"] = done.scales
         if done.zeros is not None:
             arrays[f"{item.name}.zeros"] = done.zeros
+        step = None
+        if item.scheme.static:
+            assert inputs is not None  # text was asked for
+            step = static_scale(inputs, item.scheme.activations)
         return {
+            "input_scale": step,
             "bits": done.bits,
             "note": done.note,
             "error": error,
@@ -368,7 +381,13 @@ class CalibratedPass:
                 facts["bits"],
                 facts["note"],
             )
-        return Rounded(integers, facts["error"], facts["norm"], facts["output_error"])
+        return Rounded(
+            integers,
+            facts["error"],
+            facts["norm"],
+            facts["output_error"],
+            facts["input_scale"],
+        )
 
     def floats(self, tensor: str) -> Floats | None:
         """Return a tensor that stays in float as a fold has left it; ``None`` if it did not."""

@@ -257,6 +257,9 @@ class _Writing:
             error, norm = self._float(item, writer)
         elif rounded is not None:
             self._store(item, item.scheme, 0, rounded.integers, writer)
+            if rounded.input_scale is not None:
+                step = np.array([rounded.input_scale], dtype="<f4")
+                writer.write(f"{item.name}.input_scale", step.data)
             error, norm, output_error = rounded.error, rounded.norm, rounded.output_error
             note = "; ".join(text for text in (note, rounded.integers.note) if text)
             self.advance(item.weights)

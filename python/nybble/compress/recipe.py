@@ -3,7 +3,7 @@
 A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
 
     weights: {bits: 4, group: 32, symmetric: false, zeros: fractional, method: rtn}
-    activations: {bits: 8, strategy: group, roles: {}}
+    activations: {bits: 8, strategy: group, dynamic: true, roles: {}}
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
     folds: []
@@ -59,7 +59,8 @@ from nybble.tokens import settings
 __all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
 
 _MAX_FILE = 1 << 20
-_ROLES = ("qkv", "out", "gate_up", "down", "project", "head")
+_LAYER_ROLES = ("qkv", "out", "gate_up", "down")
+_ROLES = (*_LAYER_ROLES, "project", "head")
 
 
 def _check(where: str, found: object, accepted: tuple[object, ...]) -> None:
@@ -121,7 +122,12 @@ class Activations:
         8, 4, or 16 to leave them in float.
     strategy
         One scale for each ``group`` of a token's values, as wide as the weights' group, or one for
-        the whole ``token``.
+        the whole ``token``; or one for the whole ``tensor``, all that a linear ever reads. What the
+        head and projections outside the layers read, which calibration does not see, then has one a
+        token.
+    dynamic
+        Whether scales are found while running. Those of groups and tokens are, that of a tensor is
+        found on calibration text: a recipe may say so, not otherwise. ``None`` leaves it out.
     roles
         Other bits for the inputs of some linears: ``qkv``, ``out``, ``gate_up``, ``down``,
         ``project``, ``head``. What the head reads is rounded to 8 bits where all others have 4,
@@ -130,11 +136,19 @@ class Activations:
 
     bits: int = 8
     strategy: str = "group"
+    dynamic: bool | None = None
     roles: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("activations.bits", self.bits, (4, 8, 16))
-        _check("activations.strategy", self.strategy, ("group", "token"))
+        _check("activations.strategy", self.strategy, ("group", "token", "tensor"))
+        _check("activations.dynamic", self.dynamic, (True, False, None))
+        if self.dynamic is (self.strategy == "tensor"):
+            found = "while running" if self.dynamic else "on calibration text"
+            message = f"recipe: activations: strategy {self.strategy} and dynamic "
+            message += f"{str(self.dynamic).lower()} contradict each other: scales found {found} "
+            message += "are of a group or a token" if self.dynamic else "are of a tensor"
+            raise ConfigError(message)
         roles: object = self.roles
         if not isinstance(roles, Mapping):
             message = f"recipe: activations.roles: expected a mapping, found {roles!r:.60}"
@@ -253,8 +267,13 @@ class Recipe:
         """Return which key needs calibration text; an empty text if none does."""
         if self.folds:
             return "folds"
-        needed = self.weights.bits < 16 and self.weights.quantizer().needs
-        return "weights.method" if needed else ""
+        if self.weights.bits == 16:
+            return ""
+        if self.weights.quantizer().needs:
+            return "weights.method"
+        inputs = self.activations
+        static = inputs.strategy == "tensor" and any(inputs.of(role) < 16 for role in _LAYER_ROLES)
+        return "activations.strategy" if static else ""
 
     def linear_scheme(self, role: str) -> Scheme | None:
         """Return the scheme of the linears of a role; ``None`` leaves them in float."""
@@ -281,8 +300,11 @@ class Recipe:
         if symmetric is None:
             symmetric = bits == 8
         inputs = self.activations
+        strategy = inputs.strategy
+        if strategy == "tensor" and role not in _LAYER_ROLES:
+            strategy = "token"
         whole = self.weights.zeros == "whole"
-        return Scheme(bits, group, symmetric, inputs.of(role), inputs.strategy, whole)
+        return Scheme(bits, group, symmetric, inputs.of(role), strategy, whole)
 
     def run_settings(self) -> dict[str, Any]:
         """Return what the folder says about running beyond its tensors; empty for the usual."""

@@ -100,9 +100,10 @@ def _loss(
     """Estimate the squared error of the outputs: of rounded inputs, and of rounded weights."""
     sample = (inputs.sample / factors).astype(np.float32)
     rows, cols = sample.shape
-    whole = scheme.strategy == "token" or scheme.group is None
+    whole = scheme.strategy != "group" or scheme.group is None
     groups = sample.reshape(rows, 1 if whole else scheme.groups(cols), -1)
-    steps = np.abs(groups).max(axis=-1, keepdims=True) / (2 ** (scheme.activations - 1) - 1)
+    over = (0, 2) if scheme.static else 2
+    steps = np.abs(groups).max(axis=over, keepdims=True) / (2 ** (scheme.activations - 1) - 1)
     steps[steps == 0] = 1
     off = np.square(groups - np.round(groups / steps) * steps).reshape(rows, cols).mean(axis=0)
     size = np.square(sample, dtype=np.float64).mean(axis=0)
