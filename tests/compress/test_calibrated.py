@@ -221,6 +221,38 @@ def test_a_folded_float_model_has_the_originals_logits_bit_for_bit(tiny_folder, 
         assert torch.equal(model(torch.from_numpy(rows)).logits, before)
 
 
+def divergence(wanted, found):
+    def logarithms(values):
+        return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+
+    wanted, found = logarithms(wanted), logarithms(found)
+    return float((np.exp(wanted) * (wanted - found)).sum(axis=-1).mean())
+
+
+def test_a_tuned_model_predicts_more_as_the_original_does(tiny_folder, text, tmp_path, monkeypatch):
+    tuning = {"name": "scales", "tokens": 2048, "context": 64, "rate": 0.003}
+    recipe = {**GPTQ, "folds": ["trip"], "tuning": tuning}
+    compress(tiny_folder, tmp_path / "plain", recipe={**recipe, "tuning": None}, calibration=text)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nybble.compress.pipeline._write_weights", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny_folder, tmp_path / "tuned", recipe=recipe, calibration=text)
+    monkeypatch.undo()
+    # The steps that were found are kept.
+    monkeypatch.setattr("nybble.quant.scale_tuning.ScaleTuning.fit", stop)
+    report = compress(tiny_folder, tmp_path / "tuned", recipe=recipe, calibration=text)
+    assert report.calibration["tuning"]["tokens"] == 2048
+    assert any("tuning: 32 steps; divergence" in note for note in report.notes)
+    rows = windows(byte_level_tokenizer())
+    wanted = logits(tiny_folder, rows)
+    lost = {name: divergence(wanted, logits(tmp_path / name, rows)) for name in ("plain", "tuned")}
+    assert lost["tuned"] < 0.8 * lost["plain"]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("fold", [None, "trip"])
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, text, monkeypatch, fold):
     source = write_llama(tmp_path / "source", layers=4)

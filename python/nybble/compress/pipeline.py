@@ -169,7 +169,14 @@ def _calibrated(
     context = min(wanted.context, limit) if isinstance(limit, int) else wanted.context
     text = draw(calibration, tokenizer, tokens=wanted.tokens, context=context, seed=wanted.seed)
     report.calibration = text.to_json()
-    return CalibratedPass(source, work, recipe, text, out, threads)
+    shown = None
+    if (tuner := recipe.tuner()) is not None:
+        size = min(tuner.context, limit) if isinstance(limit, int) else tuner.context
+        shown = draw(
+            calibration, tokenizer, tokens=tuner.tokens, context=size, seed=wanted.seed + 1
+        )
+        report.calibration["tuning"] = shown.to_json()
+    return CalibratedPass(source, work, recipe, text, out, threads, shown)
 
 
 def _check_places(source: Path, out: Path) -> None:

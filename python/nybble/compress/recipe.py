@@ -7,6 +7,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
     folds: []
+    tuning: {name: scales, tokens: 32768, context: 512, rate: 0.001}
     calibration: {tokens: 16384, context: 1024, seed: 0}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
@@ -23,7 +24,8 @@ and what a GGUF file had quantized as float16; ``bf16`` and ``f16`` force one. V
 biases) keep 32 bits if they had them.
 
 ``folds`` names at most one way to rescale channels before rounding
-(:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings.
+(:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings. ``tuning``
+names, likewise, what is done to scales after it (:data:`nybble.quant.TUNINGS`); by default nothing.
 ``calibration`` says how much text is looked at by methods that do; the text itself is given beside
 the recipe.
 
@@ -49,7 +51,7 @@ from typing import Any
 import yaml
 
 from nybble.errors import ArgumentError, ConfigError
-from nybble.quant import FOLDS, METHODS
+from nybble.quant import FOLDS, METHODS, TUNINGS, ScaleTuning
 from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
 from nybble.registry import Registry, unknown
@@ -227,6 +229,7 @@ class Recipe:
     embedding: Matrix = field(default_factory=Matrix)
     head: Matrix = field(default_factory=Matrix)
     folds: tuple[str | Mapping[str, Any], ...] = ()
+    tuning: str | Mapping[str, Any] | None = None
     calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
@@ -239,6 +242,9 @@ class Recipe:
         _check("floats", self.floats, ("auto", "bf16", "f16"))
         _check("softmax", self.softmax, ("exact", "log2"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
+        if self.tuner() is not None and self.weights.bits == 16:
+            message = "recipe: tuning: there are no scales, as weights.bits is 16"
+            raise ConfigError(message)
         fold = self.fold()
         if fold is None:
             return
@@ -263,10 +269,19 @@ class Recipe:
             return fold
         return None
 
+    def tuner(self) -> ScaleTuning | None:
+        """Return the tuning, made with its settings; ``None`` without one."""
+        if self.tuning is None:
+            return None
+        tuner: ScaleTuning = _method(TUNINGS, self.tuning, "tuning")
+        return tuner
+
     def needs_calibration(self) -> str:
         """Return which key needs calibration text; an empty text if none does."""
         if self.folds:
             return "folds"
+        if self.tuning is not None:
+            return "tuning"
         if self.weights.bits == 16:
             return ""
         if self.weights.quantizer().needs:
@@ -349,6 +364,8 @@ class Recipe:
         values["ignore"] = list(self.ignore)
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         values["activations"]["roles"] = dict(self.activations.roles)
+        if isinstance(self.tuning, Mapping):
+            values["tuning"] = dict(self.tuning)
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
