@@ -137,6 +137,29 @@ def test_the_stored_scale_is_what_the_run_time_rounds_with(tiny_folder, text, tm
     np.testing.assert_allclose(after[-1], last[-1], atol=1e-5)
 
 
+def test_fallbacks_are_reported(tiny_folder, tmp_path):
+    # Fewer tokens than channels, undamped: second moments without an inverse.
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT)
+    method = {"name": "gptq", "damping": 0}
+    recipe = {
+        "weights": {"method": method, "group": 32},
+        "activations": {"bits": 16},
+        "calibration": {"tokens": 900, "context": 20},
+    }
+    report = compress(tiny_folder, tmp_path / "out", recipe=recipe, calibration=short)
+    found = report.calibration["tokens"]
+    assert found < 900
+    assert (
+        f"calibration: {found} tokens of the 900 asked for: the text fills no more windows of 20"
+        in report.notes
+    )
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    notes = [t["note"] for t in stored["tensors"] if t["role"] == "down"]
+    assert all(re.search(r"damping 0\.\d+: the inputs are dependent", note) for note in notes)
+    assert np.isfinite(nybble.load(tmp_path / "out", threads=1).forward([1, 2, 3])).all()
+
+
 def test_the_same_run_gives_the_same_bytes(tiny_folder, text, tmp_path):
     recipe = {**GPTQ, "folds": ["trip"]}
     for name, threads in (("a", 1), ("b", 2)):

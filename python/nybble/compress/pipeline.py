@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
-from nybble.calibrate.text import draw
+from nybble.calibrate.text import CalibrationSet, draw
 from nybble.compress import files, plan
 from nybble.compress.calibrated import CalibratedPass
 from nybble.compress.plan import BYTES, Item, Plan
@@ -168,6 +168,7 @@ def _calibrated(
     limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
     context = min(wanted.context, limit) if isinstance(limit, int) else wanted.context
     text = draw(calibration, tokenizer, tokens=wanted.tokens, context=context, seed=wanted.seed)
+    _note_shortage(report, "calibration", wanted.tokens, text)
     report.calibration = text.to_json()
     shown = None
     if (tuner := recipe.tuner()) is not None:
@@ -175,8 +176,17 @@ def _calibrated(
         shown = draw(
             calibration, tokenizer, tokens=tuner.tokens, context=size, seed=wanted.seed + 1
         )
+        _note_shortage(report, "tuning", tuner.tokens, shown)
         report.calibration["tuning"] = shown.to_json()
     return CalibratedPass(source, work, recipe, text, out, threads, shown)
+
+
+def _note_shortage(report: Report, what: str, wanted: int, text: CalibrationSet) -> None:
+    if text.windows.size < wanted:
+        report.notes.append(
+            f"{what}: {text.windows.size} tokens of the {wanted} asked for: "
+            f"the text fills no more windows of {text.windows.shape[1]}"
+        )
 
 
 def _check_places(source: Path, out: Path) -> None:
