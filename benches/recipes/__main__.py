@@ -48,6 +48,8 @@ RECIPES: dict[str, Any] = {
     "w4a16-awq": "w4a16-awq",
     "w4a16-gptq": "w4a16-gptq",
     "w4a8-gptq": {"weights": {**_RTN, "method": "gptq"}},
+    "w4a16-tuned": "w4a16-tuned",
+    "w4a8-tuned": "w4a8-tuned",
     "agile-quant-8": "agile-quant-8",
     "w4a4": {"weights": {"bits": 4, "group": 32}, "activations": _FOUR},
     "agile-quant-4 without TRIP": "agile-quant-4",

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from families import make, prompts
+from nybble.calibrate.trainable import Linear, descend, trainable
 from nybble.errors import ConfigError, FormatError
 from nybble.quant import Rtn, ScaleTuning, Scheme
-from nybble.quant.scale_tuning import Linear, _descend, _module
 
 
 def rounded(scheme, rows=6, cols=64, seed=0):
@@ -22,7 +22,7 @@ def rounded(scheme, rows=6, cols=64, seed=0):
 def test_a_linear_of_integers_is_one_of_floats(symmetric, group):
     scheme = Scheme(4, group, symmetric, 16)
     integers = rounded(scheme)
-    module = _module(torch, Linear(integers, scheme))
+    module = trainable(torch, Linear(integers, scheme))
     module.bias = torch.arange(6.0)
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     out = module(x)
@@ -54,7 +54,7 @@ def test_activations_are_rounded_as_while_running(scheme, scale, wanted):
     x[0, 0], x[0, 1], x[0, 33], x[0, 34] = 7.0, 3.1, -7.2, 0.4
     if scheme.strategy == "token":
         x[0, 33] = -7.0
-    out = _module(torch, Linear(integers, scheme, scale))(x)[0, [0, 1, 33, 34]]
+    out = trainable(torch, Linear(integers, scheme, scale))(x)[0, [0, 1, 33, 34]]
     np.testing.assert_allclose(out.detach().numpy(), wanted, rtol=1e-2, atol=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_the_divergence():
             parameter += 0.02
     ids = torch.tensor([prompts(40)[0]])
     norm = model.model.norm.weight
-    found = _descend(torch, original, model, ids)
+    found = descend(torch, original, model, ids)
     gradient, norm.grad = norm.grad, None
     head = model.lm_head.weight.detach()
     with torch.no_grad():

@@ -29,13 +29,14 @@ from nybble import _nybble
 from nybble.calibrate.layers import Layer, Walk
 from nybble.calibrate.stats import InputStats
 from nybble.calibrate.text import CalibrationSet
+from nybble.calibrate.trainable import Linear
 from nybble.compress.plan import Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.source import Source
 from nybble.errors import FileError, FormatError
 from nybble.quant.base import Floats, IntWeights
 from nybble.quant.fold import pairs, rescale
-from nybble.quant.scale_tuning import Linear, ScaleTuning
+from nybble.quant.scale_tuning import ScaleTuning
 from nybble.quant.static import static_scale
 
 if TYPE_CHECKING:
