@@ -260,6 +260,8 @@ class CalibratedPass:
                 continue
             weights = [layer.weight(name) for name in pair.consumers]
             factors = fold.factors(pair, weights, stats[pair.stage], scheme)
+            if (factors == 1).all():
+                continue
             divisor = factors[pair.columns].astype(np.float32)
             for values in kept[pair.stage].values():
                 values /= divisor
