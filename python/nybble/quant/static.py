@@ -21,6 +21,8 @@ def static_scale(inputs: InputStats, bits: int) -> float:
     The range of the calibration's inputs, or the share of it (down to a fifth) that loses least on
     a sample of them: one value that is far larger than all others would otherwise leave those
     hardly any steps. The search is that of the ``mse`` observer of llm-compressor, with squares.
+    Models whose first token has massive activations are not served by any one step: SmolLM2-135M
+    with 8-bit weights loses 86 % of perplexity so, and 0.6 % with a step for each group.
 
     Parameters
     ----------
