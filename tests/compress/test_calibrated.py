@@ -86,6 +86,80 @@ def test_the_report_says_what_was_looked_at(tiny_folder, text, tmp_path):
             assert 0 < tensor.error < 0.2
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_static_scales_are_stored_and_run(tiny_folder, text, tmp_path, bits):
+    from safetensors.numpy import load_file
+
+    from nybble.formats.compressed_tensors import QuantizedModules
+
+    lost = {}
+    rows = windows(byte_level_tokenizer())
+    wanted = logits(tiny_folder, rows)
+    for strategy in ("token", "tensor"):
+        recipe = {
+            "weights": {"bits": 8},
+            "activations": {"bits": bits, "strategy": strategy, "roles": {"out": 16}},
+        }
+        calibrated = {} if strategy == "token" else {"calibration": text, "calibration_tokens": 512}
+        compress(tiny_folder, tmp_path / strategy, recipe=recipe, **calibrated)
+        difference = logits(tmp_path / strategy, rows) - wanted
+        lost[strategy] = np.square(difference).sum() / np.square(wanted).sum()
+    assert lost["token"] != lost["tensor"] < (0.01 if bits == 8 else 0.3)
+    tensors = load_file(tmp_path / "tensor" / "model.safetensors")
+    steps = {name: value for name, value in tensors.items() if name.endswith("input_scale")}
+    # q, k, v; gate, up; down: the output projection reads floats here.
+    assert len(steps) == 6 * len([name for name in tensors if name.endswith("o_proj.weight_scale")])
+    of = {name.split(".")[-2]: float(value[0]) for name, value in steps.items()}
+    assert of["q_proj"] == of["k_proj"] == of["v_proj"] != of["up_proj"] == of["gate_proj"]
+    config = json.loads((tmp_path / "tensor" / "config.json").read_text())
+    modules = QuantizedModules(config["quantization_config"])
+    assert modules.scheme("model.layers.0.mlp.down_proj", "Linear").static
+    assert not modules.scheme("model.layers.0.self_attn.o_proj", "Linear").static
+
+
+def test_the_stored_scale_is_what_the_run_time_rounds_with(tiny_folder, text, tmp_path):
+    # A scale a thousand times too large leaves no codes but 0: all that layers add is lost.
+    from safetensors.numpy import load_file, save_file
+
+    recipe = {"weights": {"bits": 8}, "activations": {"strategy": "tensor", "dynamic": False}}
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, calibration=text)
+    file = tmp_path / "out" / "model.safetensors"
+    before = logits(tmp_path / "out", [[1, 2, 3, 4]])
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("input_scale"):
+            tensors[name] = 1000 * tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    after = logits(tmp_path / "out", [[1, 2, 3, 4]])
+    last = logits(tmp_path / "out", [[4]])
+    assert np.abs(after - before).max() > 0.01
+    # Without attention a token's logits do not depend on those before it.
+    np.testing.assert_allclose(after[-1], last[-1], atol=1e-5)
+
+
+def test_fallbacks_are_reported(tiny_folder, tmp_path):
+    # Fewer tokens than channels, undamped: second moments without an inverse.
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT)
+    method = {"name": "gptq", "damping": 0}
+    recipe = {
+        "weights": {"method": method, "group": 32},
+        "activations": {"bits": 16},
+        "calibration": {"tokens": 900, "context": 20},
+    }
+    report = compress(tiny_folder, tmp_path / "out", recipe=recipe, calibration=short)
+    found = report.calibration["tokens"]
+    assert found < 900
+    assert (
+        f"calibration: {found} tokens of the 900 asked for: the text fills no more windows of 20"
+        in report.notes
+    )
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    notes = [t["note"] for t in stored["tensors"] if t["role"] == "down"]
+    assert all(re.search(r"damping 0\.\d+: the inputs are dependent", note) for note in notes)
+    assert np.isfinite(nybble.load(tmp_path / "out", threads=1).forward([1, 2, 3])).all()
+
+
 def test_the_same_run_gives_the_same_bytes(tiny_folder, text, tmp_path):
     recipe = {**GPTQ, "folds": ["trip"]}
     for name, threads in (("a", 1), ("b", 2)):
@@ -168,6 +242,38 @@ def test_a_folded_float_model_has_the_originals_logits_bit_for_bit(tiny_folder, 
         for name, value in changed.items():
             state[name].copy_(value)
         assert torch.equal(model(torch.from_numpy(rows)).logits, before)
+
+
+def divergence(wanted, found):
+    def logarithms(values):
+        return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+
+    wanted, found = logarithms(wanted), logarithms(found)
+    return float((np.exp(wanted) * (wanted - found)).sum(axis=-1).mean())
+
+
+def test_a_tuned_model_predicts_more_as_the_original_does(tiny_folder, text, tmp_path, monkeypatch):
+    tuning = {"name": "scales", "tokens": 2048, "context": 64, "rate": 0.003}
+    recipe = {**GPTQ, "folds": ["trip"], "tuning": tuning}
+    compress(tiny_folder, tmp_path / "plain", recipe={**recipe, "tuning": None}, calibration=text)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nybble.compress.pipeline._write_weights", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny_folder, tmp_path / "tuned", recipe=recipe, calibration=text)
+    monkeypatch.undo()
+    # The steps that were found are kept.
+    monkeypatch.setattr("nybble.quant.scale_tuning.ScaleTuning.fit", stop)
+    report = compress(tiny_folder, tmp_path / "tuned", recipe=recipe, calibration=text)
+    assert report.calibration["tuning"]["tokens"] == 2048
+    assert any("tuning: 32 steps; divergence" in note for note in report.notes)
+    rows = windows(byte_level_tokenizer())
+    wanted = logits(tiny_folder, rows)
+    lost = {name: divergence(wanted, logits(tmp_path / name, rows)) for name in ("plain", "tuned")}
+    assert lost["tuned"] < 0.8 * lost["plain"]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("fold", [None, "trip"])

@@ -5,7 +5,7 @@ import yaml
 
 from nybble.compress.recipe import Calibration, Recipe, read, shipped
 from nybble.errors import ArgumentError, ConfigError
-from nybble.quant import Gptq, Rtn, Scheme, SmoothQuant, Trip
+from nybble.quant import Gptq, Rtn, ScaleTuning, Scheme, SmoothQuant, Trip
 
 
 def test_defaults_are_four_bits_with_zero_points_and_eight_for_the_tables():
@@ -69,7 +69,16 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"activations": {"roles": {"dwn": 4}}}, ["role 'dwn'", "did you mean down"]),
         ({"activations": {"roles": {"down": 5}}}, ["activations.roles.down", "5"]),
         ({"activations": {"roles": 4}}, ["activations.roles", "mapping"]),
-        ({"activations": {"strategy": "tensor"}}, ["activations.strategy"]),
+        ({"activations": {"strategy": "channel"}}, ["activations.strategy", "tensor"]),
+        ({"activations": {"dynamic": 1}}, ["activations.dynamic"]),
+        (
+            {"activations": {"strategy": "tensor", "dynamic": True}},
+            ["strategy tensor and dynamic true", "of a group or a token"],
+        ),
+        (
+            {"activations": {"strategy": "token", "dynamic": False}},
+            ["strategy token and dynamic false", "of a tensor"],
+        ),
         ({"embedding": {"bits": 2}}, ["bits", "2"]),
         ({"head": {"group": "all"}}, ["group", "all"]),
         ({"ignore": [3]}, ["ignore", "patterns"]),
@@ -83,6 +92,9 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"folds": ["awq", "smoothquant"]}, ["folds", "one at most", "same channels"]),
         ({"folds": ["trip"], "activations": {"bits": 16}}, ["folds", "activations.bits is 16"]),
         ({"folds": ["awq"], "weights": {"bits": 16}}, ["folds", "weights.bits is 16"]),
+        ({"tuning": 3}, ["tuning", "name"]),
+        ({"tuning": {"name": "scales", "steps": 1}}, ["'steps'"]),
+        ({"tuning": "scales", "weights": {"bits": 16}}, ["tuning", "weights.bits is 16"]),
         ({"calibration": {"tokens": 0}}, ["calibration.tokens", "1 or more"]),
         ({"calibration": {"seed": 1.5}}, ["calibration.seed"]),
         ({"calibration": {"file": "x"}}, ["key in calibration 'file'"]),
@@ -100,6 +112,12 @@ def test_who_needs_calibration():
     assert read({"weights": {"method": "gptq"}}).needs_calibration() == "weights.method"
     assert read({"weights": {"method": "gptq", "bits": 16}}).needs_calibration() == ""
     assert read({"folds": "awq"}).needs_calibration() == "folds"
+    assert read({"tuning": "scales"}).needs_calibration() == "tuning"
+    assert read({"tuning": {"name": "scales", "rate": 0.01}}).tuner() == ScaleTuning(rate=0.01)
+    static = {"strategy": "tensor", "dynamic": False}
+    assert read({"activations": static}).needs_calibration() == "activations.strategy"
+    assert read({"activations": {**static, "bits": 16}}).needs_calibration() == ""
+    assert read({"activations": static, "weights": {"bits": 16}}).needs_calibration() == ""
     agile = read("agile-quant-8")
     assert agile.linear_scheme("down") == Scheme(4, 128, False, 8, "group")
     assert isinstance(agile.weights.quantizer(), Gptq)

@@ -70,6 +70,19 @@ def test_trip_leaves_alone_what_weights_would_pay_for():
     assert Trip().factors(pair, weights, stats_of(inputs), scheme)[5] == 8
 
 
+def test_trip_is_for_inputs_whose_rounding_costs_something():
+    rng = np.random.default_rng(8)
+    inputs = rng.uniform(-1, 1, (500, 64))
+    inputs[:, 5] *= 8
+    weights = [rng.standard_normal((50, 64)).astype(np.float32)]
+    weights[0][:, 5] /= 8  # what a fold would do for rounding to nearest
+    pair, stats = norm_pair(64), stats_of(inputs)
+    eight, four = (Scheme(4, 64, activations=bits) for bits in (8, 4))
+    assert (Trip(share=0).factors(pair, weights, stats, eight) != 1).any()
+    assert (Trip().factors(pair, weights, stats, eight) == 1).all()
+    assert (Trip().factors(pair, weights, stats, four) != 1).any()
+
+
 def test_shared_channels_get_one_factor():
     # Two query heads read one value head of three channels.
     columns = np.array([0, 1, 2, 0, 1, 2])

@@ -9,7 +9,7 @@ from nybble import _nybble
 from nybble.calibrate.stats import InputStats
 from nybble.errors import ArgumentError, ConfigError
 from nybble.quant import Gptq, Rtn, Scheme
-from nybble.quant.gptq import inverse_factor
+from nybble.quant.inverse_factor import inverse_factor
 
 
 def inputs_of(tokens, cols, seed=0, rank=None):

@@ -110,7 +110,7 @@ def test_a_group_that_does_not_divide_gives_way(asked, cols, fitted):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 5}, {"group": 48}, {"activations": 2}, {"strategy": "tensor"}]
+    "settings", [{"bits": 5}, {"group": 48}, {"activations": 2}, {"strategy": "channel"}]
 )
 def test_schemes_outside_the_kernels_are_refused(settings):
     with pytest.raises(ArgumentError, match=next(iter(settings))):

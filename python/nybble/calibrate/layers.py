@@ -126,6 +126,17 @@ class Walk:
                     value[row] = self.torch.from_numpy(self._read(full, int(row), int(row) + 1)[0])
             _put(module, name, self.torch.nn.Parameter(value, requires_grad=False))
 
+    def whole(self) -> Any:
+        """Return transformers' model with all its weights, for what needs all layers at once."""
+        skipped = ("lm_head",) if self.plan["tied"] else ()
+        for name, module in list(self._model.named_modules()):
+            if name not in skipped and list(module.parameters(recurse=False)):
+                self.fill(module, name)
+        if skipped:
+            table = self._model.get_submodule(self.plan["embeddings"][0]["module"])
+            _put(self._model, "lm_head.weight", table.weight)
+        return self._model
+
     def embed(self, windows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
         """Return what enters the first layer: ``[1, context, hidden]`` for each window."""
         torch, model = self.torch, self._model

@@ -74,7 +74,7 @@ def _recipes() -> list[dict[str, str]]:
 
 def _needs(cls: type[Any], kind: str) -> list[str]:
     """Name what it takes besides the weights; a fold looks at activations, if only their ranges."""
-    calibrated = kind == "fold" or (kind == "quantization" and cls().needs)
+    calibrated = kind in ("fold", "tuning") or (kind == "quantization" and cls().needs)
     return ["calibration text", "torch"] if calibrated else []
 
 
@@ -84,6 +84,7 @@ def _known() -> list[tuple[str, str, type[Any]]]:
     families = (
         ("quantization", quant.METHODS),
         ("fold", quant.FOLDS),
+        ("tuning", quant.TUNINGS),
         ("token reduction", tokens.METHODS),
     )
     return [(kind, name, cls) for kind, known in families for name, cls in known.items()]

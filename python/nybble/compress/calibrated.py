@@ -17,23 +17,27 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
 from nybble.calibrate.layers import Layer, Walk
 from nybble.calibrate.stats import InputStats
 from nybble.calibrate.text import CalibrationSet
+from nybble.calibrate.trainable import Linear
 from nybble.compress.plan import Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.source import Source
 from nybble.errors import FileError, FormatError
 from nybble.quant.base import Floats, IntWeights
 from nybble.quant.fold import pairs, rescale
+from nybble.quant.scale_tuning import ScaleTuning
+from nybble.quant.static import static_scale
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +57,15 @@ class Rounded:
         Sums of squares of its error and of the weights that were rounded.
     output_error
         Relative squared error of the outputs, if the inputs' second moments were collected.
+    input_scale
+        The step of its inputs, if that is found beforehand.
     """
 
     integers: IntWeights
     error: float
     norm: float
     output_error: float | None
+    input_scale: float | None
 
 
 class CalibratedPass:
@@ -78,6 +85,8 @@ class CalibratedPass:
         The final folder; results are kept beside it.
     threads
         Threads to use.
+    tuning_text
+        What the recipe's tuning is shown, if it has one.
     """
 
     def __init__(
@@ -88,13 +97,17 @@ class CalibratedPass:
         text: CalibrationSet,
         out: Path,
         threads: int | None = None,
+        tuning_text: CalibrationSet | None = None,
     ) -> None:
         self.source = source
         self.text = text
+        self.tuning_text = tuning_text
         self.threads = threads
         self.notes: set[str] = set()
         self._quantizer = recipe.weights.quantizer()
         self._fold = recipe.fold()
+        self._tuner = recipe.tuner()
+        self._tuned: dict[str, Floats] = {}
         self._items: dict[str, Item] = {
             item.tensor.removesuffix(".weight"): item for item in work.items
         }
@@ -112,7 +125,9 @@ class CalibratedPass:
             for file in files
             if file.suffix in (".safetensors", ".gguf", ".json")
         ]
-        facts = [_nybble.version(), weights, recipe.to_yaml(), self.text.digest]
+        # Tunings start from the same integers.
+        rest = replace(recipe, tuning=None).to_yaml()
+        facts = [_nybble.version(), weights, rest, self.text.digest]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def run(self, *, progress: bool = True) -> None:
@@ -160,6 +175,8 @@ class CalibratedPass:
             self.notes.update(facts["notes"])
             self._matrices.update(dict.fromkeys(facts["matrices"], self._file(index)))
             self._floats.update(dict.fromkeys(facts["floats"], self._file(index)))
+        if self._tuner is not None:
+            self._tune(self._tuner, progress=progress)
 
     def _layer(
         self,
@@ -243,6 +260,8 @@ class CalibratedPass:
                 continue
             weights = [layer.weight(name) for name in pair.consumers]
             factors = fold.factors(pair, weights, stats[pair.stage], scheme)
+            if (factors == 1).all():
+                continue
             divisor = factors[pair.columns].astype(np.float32)
             for values in kept[pair.stage].values():
                 values /= divisor
@@ -252,11 +271,15 @@ class CalibratedPass:
     def _see(
         self, layer: Layer, stage: int, hidden: list[torch.Tensor], original: dict[int, Floats]
     ) -> InputStats | None:
-        """Collect what the quantizer needs of a stage's inputs."""
-        if not self._quantizer.needs:
+        """Collect what the quantizer, and a step of the inputs, need of a stage's inputs."""
+        needs = self._quantizer.needs
+        schemes = [self._items[name].scheme for name in layer.stages[stage]]
+        if any(scheme is not None and scheme.static for scheme in schemes):
+            needs |= {"sample"}
+        if not needs:
             return None
         name = layer.stages[stage][0]
-        stats = InputStats(name, layer.weight(name).shape[1], self._quantizer.needs)
+        stats = InputStats(name, layer.weight(name).shape[1], needs)
         for window, inputs in layer.inputs(stage, hidden):
             stats.update(inputs, original.pop(window, None))
         return stats
@@ -289,13 +312,70 @@ class CalibratedPass:
         arrays[f"{item.name}.scales"] = done.scales
         if done.zeros is not None:
             arrays[f"{item.name}.zeros"] = done.zeros
+        step = None
+        if item.scheme.static:
+            assert inputs is not None  # text was asked for
+            step = static_scale(inputs, item.scheme.activations)
         return {
+            "input_scale": step,
             "bits": done.bits,
             "note": done.note,
             "error": error,
             "norm": norm,
             "output_error": output,
         }
+
+    def _tune(self, tuner: ScaleTuning, *, progress: bool) -> None:
+        """Tune scales and gains, or read what an earlier run has found."""
+        assert self.tuning_text is not None  # drawn for every recipe with a tuning
+        facts = json.dumps([repr(tuner), self.tuning_text.digest])
+        file = self.folder / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
+        try:
+            with np.load(file) as stored:
+                self._tuned = dict(stored)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            self._save(file, self._fit(tuner, self.tuning_text, progress=progress))
+            with np.load(file) as stored:
+                self._tuned = dict(stored)
+        found = self._tuned["divergences"]
+        quarter = max(1, len(found) // 4)
+        before, after = found[:quarter].mean(), found[-quarter:].mean()
+        self.notes.add(
+            f"tuning: {len(found)} steps; divergence from the original {before:.4f} nats a token "
+            f"in the first quarter, {after:.4f} in the last; errors are those before it"
+        )
+
+    def _fit(
+        self, tuner: ScaleTuning, text: CalibrationSet, *, progress: bool
+    ) -> dict[str, npt.NDArray[Any]]:
+        shapes = {name: shape for name, (_, shape) in self.source.tensors.items()}
+
+        def read(name: str, start: int, stop: int | None) -> Floats:
+            folded = self.floats(name)
+            return self.source.tensor(name, start, stop) if folded is None else folded[start:stop]
+
+        walks = [
+            Walk(self.source.config, self._parts, shapes, reader, self.threads)
+            for reader in (self.source.tensor, read)
+        ]
+        original, model = (walk.whole() for walk in walks)
+        linears = {}
+        for name in self._matrices:
+            done, scheme = self.matrix(name), self._items[name].scheme
+            assert done is not None
+            assert scheme is not None
+            linears[name] = Linear(done.integers, scheme, done.input_scale)
+        gains = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 1 and name.endswith(".weight")
+        ]
+        found = tuner.fit(
+            walks[0].torch, original, model, linears, gains, text.windows, progress=progress
+        )
+        arrays = {f"{name}.scales": scales for name, scales in found.scales.items()}
+        arrays |= {f"{name}.float": gain for name, gain in found.gains.items()}
+        return {**arrays, "divergences": np.array(found.divergences)}
 
     # What is on the disk.
 
@@ -361,17 +441,26 @@ class CalibratedPass:
         with np.load(self._matrices[name]) as stored:
             facts = json.loads(str(stored["facts"]))["matrices"][name]
             zeros = f"{name}.zeros"
+            scales = stored[f"{name}.scales"]
             integers = IntWeights(
                 stored[f"{name}.codes"],
-                stored[f"{name}.scales"],
+                self._tuned.get(f"{name}.scales", scales),
                 stored[zeros] if zeros in stored.files else None,
                 facts["bits"],
                 facts["note"],
             )
-        return Rounded(integers, facts["error"], facts["norm"], facts["output_error"])
+        return Rounded(
+            integers,
+            facts["error"],
+            facts["norm"],
+            facts["output_error"],
+            facts["input_scale"],
+        )
 
     def floats(self, tensor: str) -> Floats | None:
-        """Return a tensor that stays in float as a fold has left it; ``None`` if it did not."""
+        """Return a tensor that stays in float and that a fold or a tuning has changed, or None."""
+        if f"{tensor}.float" in self._tuned:
+            return np.asarray(self._tuned[f"{tensor}.float"])
         if tensor not in self._floats:
             return None
         with np.load(self._floats[tensor]) as stored:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
-from nybble.calibrate.text import draw
+from nybble.calibrate.text import CalibrationSet, draw
 from nybble.compress import files, plan
 from nybble.compress.calibrated import CalibratedPass
 from nybble.compress.plan import BYTES, Item, Plan
@@ -168,8 +168,25 @@ def _calibrated(
     limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
     context = min(wanted.context, limit) if isinstance(limit, int) else wanted.context
     text = draw(calibration, tokenizer, tokens=wanted.tokens, context=context, seed=wanted.seed)
+    _note_shortage(report, "calibration", wanted.tokens, text)
     report.calibration = text.to_json()
-    return CalibratedPass(source, work, recipe, text, out, threads)
+    shown = None
+    if (tuner := recipe.tuner()) is not None:
+        size = min(tuner.context, limit) if isinstance(limit, int) else tuner.context
+        shown = draw(
+            calibration, tokenizer, tokens=tuner.tokens, context=size, seed=wanted.seed + 1
+        )
+        _note_shortage(report, "tuning", tuner.tokens, shown)
+        report.calibration["tuning"] = shown.to_json()
+    return CalibratedPass(source, work, recipe, text, out, threads, shown)
+
+
+def _note_shortage(report: Report, what: str, wanted: int, text: CalibrationSet) -> None:
+    if text.windows.size < wanted:
+        report.notes.append(
+            f"{what}: {text.windows.size} tokens of the {wanted} asked for: "
+            f"the text fills no more windows of {text.windows.shape[1]}"
+        )
 
 
 def _check_places(source: Path, out: Path) -> None:
@@ -257,6 +274,9 @@ class _Writing:
             error, norm = self._float(item, writer)
         elif rounded is not None:
             self._store(item, item.scheme, 0, rounded.integers, writer)
+            if rounded.input_scale is not None:
+                step = np.array([rounded.input_scale], dtype="<f4")
+                writer.write(f"{item.name}.input_scale", step.data)
             error, norm, output_error = rounded.error, rounded.norm, rounded.output_error
             note = "; ".join(text for text in (note, rounded.integers.note) if text)
             self.advance(item.weights)

@@ -233,8 +233,9 @@ class _Planner:
 
     def _float_type(self, stored: str, *, matrix: bool) -> str:
         if not matrix:
-            # What a fold makes of a gain or a bias need not be a number of 16 bits.
-            return stored if stored in ("F16", "BF16") and not self.recipe.folds else "F32"
+            # What a fold or a tuning makes of a gain or a bias need not be a number of 16 bits.
+            changed = self.recipe.folds or self.recipe.tuning is not None
+            return stored if stored in ("F16", "BF16") and not changed else "F32"
         if self.recipe.floats != "auto":
             return self.recipe.floats.upper()
         if stored in ("F16", "BF16"):

@@ -3,10 +3,11 @@
 A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
 
     weights: {bits: 4, group: 32, symmetric: false, zeros: fractional, method: rtn}
-    activations: {bits: 8, strategy: group, roles: {}}
+    activations: {bits: 8, strategy: group, dynamic: true, roles: {}}
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
     folds: []
+    tuning: {name: scales, tokens: 32768, context: 512, rate: 0.001}
     calibration: {tokens: 16384, context: 1024, seed: 0}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
@@ -23,7 +24,8 @@ and what a GGUF file had quantized as float16; ``bf16`` and ``f16`` force one. V
 biases) keep 32 bits if they had them.
 
 ``folds`` names at most one way to rescale channels before rounding
-(:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings.
+(:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings. ``tuning``
+names, likewise, what is done to scales after it (:data:`nybble.quant.TUNINGS`); by default nothing.
 ``calibration`` says how much text is looked at by methods that do; the text itself is given beside
 the recipe.
 
@@ -49,7 +51,7 @@ from typing import Any
 import yaml
 
 from nybble.errors import ArgumentError, ConfigError
-from nybble.quant import FOLDS, METHODS
+from nybble.quant import FOLDS, METHODS, TUNINGS, ScaleTuning
 from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
 from nybble.registry import Registry, unknown
@@ -59,7 +61,8 @@ from nybble.tokens import settings
 __all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
 
 _MAX_FILE = 1 << 20
-_ROLES = ("qkv", "out", "gate_up", "down", "project", "head")
+_LAYER_ROLES = ("qkv", "out", "gate_up", "down")
+_ROLES = (*_LAYER_ROLES, "project", "head")
 
 
 def _check(where: str, found: object, accepted: tuple[object, ...]) -> None:
@@ -121,7 +124,12 @@ class Activations:
         8, 4, or 16 to leave them in float.
     strategy
         One scale for each ``group`` of a token's values, as wide as the weights' group, or one for
-        the whole ``token``.
+        the whole ``token``; or one for the whole ``tensor``, all that a linear ever reads. What the
+        head and projections outside the layers read, which calibration does not see, then has one a
+        token.
+    dynamic
+        Whether scales are found while running. Those of groups and tokens are, that of a tensor is
+        found on calibration text: a recipe may say so, not otherwise. ``None`` leaves it out.
     roles
         Other bits for the inputs of some linears: ``qkv``, ``out``, ``gate_up``, ``down``,
         ``project``, ``head``. What the head reads is rounded to 8 bits where all others have 4,
@@ -130,11 +138,19 @@ class Activations:
 
     bits: int = 8
     strategy: str = "group"
+    dynamic: bool | None = None
     roles: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("activations.bits", self.bits, (4, 8, 16))
-        _check("activations.strategy", self.strategy, ("group", "token"))
+        _check("activations.strategy", self.strategy, ("group", "token", "tensor"))
+        _check("activations.dynamic", self.dynamic, (True, False, None))
+        if self.dynamic is (self.strategy == "tensor"):
+            found = "while running" if self.dynamic else "on calibration text"
+            message = f"recipe: activations: strategy {self.strategy} and dynamic "
+            message += f"{str(self.dynamic).lower()} contradict each other: scales found {found} "
+            message += "are of a group or a token" if self.dynamic else "are of a tensor"
+            raise ConfigError(message)
         roles: object = self.roles
         if not isinstance(roles, Mapping):
             message = f"recipe: activations.roles: expected a mapping, found {roles!r:.60}"
@@ -213,6 +229,7 @@ class Recipe:
     embedding: Matrix = field(default_factory=Matrix)
     head: Matrix = field(default_factory=Matrix)
     folds: tuple[str | Mapping[str, Any], ...] = ()
+    tuning: str | Mapping[str, Any] | None = None
     calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
@@ -225,6 +242,9 @@ class Recipe:
         _check("floats", self.floats, ("auto", "bf16", "f16"))
         _check("softmax", self.softmax, ("exact", "log2"))
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
+        if self.tuner() is not None and self.weights.bits == 16:
+            message = "recipe: tuning: there are no scales, as weights.bits is 16"
+            raise ConfigError(message)
         fold = self.fold()
         if fold is None:
             return
@@ -249,12 +269,26 @@ class Recipe:
             return fold
         return None
 
+    def tuner(self) -> ScaleTuning | None:
+        """Return the tuning, made with its settings; ``None`` without one."""
+        if self.tuning is None:
+            return None
+        tuner: ScaleTuning = _method(TUNINGS, self.tuning, "tuning")
+        return tuner
+
     def needs_calibration(self) -> str:
         """Return which key needs calibration text; an empty text if none does."""
         if self.folds:
             return "folds"
-        needed = self.weights.bits < 16 and self.weights.quantizer().needs
-        return "weights.method" if needed else ""
+        if self.tuning is not None:
+            return "tuning"
+        if self.weights.bits == 16:
+            return ""
+        if self.weights.quantizer().needs:
+            return "weights.method"
+        inputs = self.activations
+        static = inputs.strategy == "tensor" and any(inputs.of(role) < 16 for role in _LAYER_ROLES)
+        return "activations.strategy" if static else ""
 
     def linear_scheme(self, role: str) -> Scheme | None:
         """Return the scheme of the linears of a role; ``None`` leaves them in float."""
@@ -281,8 +315,11 @@ class Recipe:
         if symmetric is None:
             symmetric = bits == 8
         inputs = self.activations
+        strategy = inputs.strategy
+        if strategy == "tensor" and role not in _LAYER_ROLES:
+            strategy = "token"
         whole = self.weights.zeros == "whole"
-        return Scheme(bits, group, symmetric, inputs.of(role), inputs.strategy, whole)
+        return Scheme(bits, group, symmetric, inputs.of(role), strategy, whole)
 
     def run_settings(self) -> dict[str, Any]:
         """Return what the folder says about running beyond its tensors; empty for the usual."""
@@ -327,6 +364,8 @@ class Recipe:
         values["ignore"] = list(self.ignore)
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         values["activations"]["roles"] = dict(self.activations.roles)
+        if isinstance(self.tuning, Mapping):
+            values["tuning"] = dict(self.tuning)
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 

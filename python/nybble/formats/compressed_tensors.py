@@ -1,7 +1,8 @@
 """``quantization_config`` in compressed-tensors form: written, and read back.
 
 A quantized module ``m`` is stored as ``m.weight_packed``, ``m.weight_scale``, ``m.weight_shape``
-and, if asymmetric, ``m.weight_zero_point`` (:mod:`nybble.formats.packing`). The configuration lists
+and, if asymmetric, ``m.weight_zero_point`` (:mod:`nybble.formats.packing`); one whose activations
+have a scale found beforehand has that as ``m.input_scale``. The configuration lists
 groups of modules that share a scheme. A group names its modules by *targets*: a module's path, a
 class (``Linear``, ``Embedding``), or ``re:`` and a regular expression that must fit from the
 path's start. The closest target wins (path, then expression, then class); ``ignore`` beats all.
@@ -77,6 +78,8 @@ def entries(
     elif scheme.zeros == "whole":
         zeros = (words(rows, scheme.bits), groups)
         tensors.append((f"{module}.weight_zero_point", "I32", zeros))
+    if scheme.static:
+        tensors.append((f"{module}.input_scale", "F32", (1,)))
     return tensors
 
 
@@ -154,9 +157,9 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
         "num_bits": scheme.activations,
         "type": "int",
         "symmetric": True,
-        "strategy": "group" if by_group else "token",
+        "strategy": "group" if by_group else "tensor" if scheme.static else "token",
         "group_size": scheme.group if by_group else None,
-        "dynamic": True,
+        "dynamic": not scheme.static,
         "actorder": None,
         "block_structure": None,
         "observer": None,

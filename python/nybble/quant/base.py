@@ -51,7 +51,8 @@ class Scheme:
         Bits of the activations: 8 or 4, or 16 to leave them in float.
     strategy
         Of activations that are rounded: one scale a token (``"token"``) or one for each of its
-        groups (``"group"``), which are the weights' groups.
+        groups (``"group"``), which are the weights' groups; or one for all that a linear ever reads
+        (``"tensor"``), found on calibration text and stored.
     """
 
     bits: int = 4
@@ -66,7 +67,7 @@ class Scheme:
             ("bits", self.bits, (4, 8)),
             ("group", self.group, (*GROUPS, None)),
             ("activations", self.activations, (4, 8, 16)),
-            ("strategy", self.strategy, ("group", "token")),
+            ("strategy", self.strategy, ("group", "token", "tensor")),
         ):
             if found not in accepted:
                 message = f"{name}: expected one of {accepted}, found {found!r}"
@@ -89,6 +90,11 @@ class Scheme:
     def groups(self, cols: int) -> int:
         """Return the number of groups in a row of `cols` weights."""
         return 1 if self.group is None else cols // self.group
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of the activations is stored with the weights."""
+        return self.activations < 16 and self.strategy == "tensor"
 
     @property
     def zeros(self) -> str:
