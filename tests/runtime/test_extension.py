@@ -259,6 +259,7 @@ def test_the_tier_can_be_lowered(isa, fine):
         assert "NYBBLE_ISA" in run.stderr
 
 
+@pytest.mark.timeout(240)  # mypy reads all of NumPy where it has no cache yet
 def test_the_stub_tells_the_truth():
     pytest.importorskip("mypy")
     run = subprocess.run(
