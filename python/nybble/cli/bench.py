@@ -181,19 +181,29 @@ def bench(
             on_step=lambda name, done, total: bar.update(done, total, name),
         )
     add_bandwidth(records, max(before, bandwidth(language_model.info["threads"])))
-    if form == "json":
-        output.emit_json({"results": records})
-    elif form == "csv":
-        sys.stdout.write(report.csv_text(records))
-    elif form == "jsonl":
-        sys.stdout.write(report.jsonl_text(records))
-    elif form == "md":
+    if _written(records, form):
+        return
+    if form == "md":
         sys.stdout.write(
             report.markdown_text(_COLUMNS, [_cells(r) for r in records], set(_FIGURES))
         )
         output.show("", _surroundings(records[0]))
     else:
         output.show(_table(records), "", _surroundings(records[0]))
+
+
+def _written(records: list[dict[str, Any]], form: str) -> bool:
+    """Write records in a form for programs, if it is one."""
+    from nybble.bench import report
+    from nybble.cli import output
+
+    if form == "json":
+        output.emit_json({"results": records})
+    elif form in ("csv", "jsonl"):
+        sys.stdout.write({"csv": report.csv_text, "jsonl": report.jsonl_text}[form](records))
+    else:
+        return False
+    return True
 
 
 _DRAFT_COLUMNS = ("draft", "task", "answers", "tok/s", "plain tok/s", "speedup", "tokens a pass")
@@ -217,13 +227,9 @@ def _show_drafts(records: list[dict[str, Any]], form: str) -> None:
         ]
         for record in records
     ]
-    if form == "json":
-        output.emit_json({"results": records})
-    elif form == "csv":
-        sys.stdout.write(report.csv_text(records))
-    elif form == "jsonl":
-        sys.stdout.write(report.jsonl_text(records))
-    elif form == "md":
+    if _written(records, form):
+        return
+    if form == "md":
         sys.stdout.write(report.markdown_text(_DRAFT_COLUMNS, rows, set(_DRAFT_FIGURES)))
     else:
         table = output.grid("", _DRAFT_COLUMNS, right=_DRAFT_FIGURES)

@@ -266,17 +266,28 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
             if let Some((keys, _)) = self.scales {
                 self.tier.run(Times(&mut scores[from..to], &keys[start + from..start + to]));
             }
-            if let Some(cap) = self.call.shape.softcap {
-                self.tier.run(Cap(scores, cap));
-            }
-            if self.call.shape.alibi.is_some() {
-                self.tier.run(Slope(scores, slopes[i], start));
-            }
-            scores[..from].fill(f32::NEG_INFINITY);
-            scores[to..].fill(f32::NEG_INFINITY);
+            self.shape_scores(scores, start, (from, to), slopes[i]);
         }
         self.tier.run(Weigh { scores, running, seen });
         true
+    }
+
+    /// Caps and slopes one row's scores, and takes away those of the keys that it does not see.
+    pub(super) fn shape_scores(
+        &self,
+        scores: &mut Scores,
+        start: usize,
+        (from, to): (usize, usize),
+        slope: f32,
+    ) {
+        if let Some(cap) = self.call.shape.softcap {
+            self.tier.run(Cap(scores, cap));
+        }
+        if self.call.shape.alibi.is_some() {
+            self.tier.run(Slope(scores, slope, start));
+        }
+        scores[..from].fill(f32::NEG_INFINITY);
+        scores[to..].fill(f32::NEG_INFINITY);
     }
 
     /// Takes the rows through the block of keys that begins at position `start`.

@@ -9,7 +9,7 @@
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Tier};
 use super::KEYS;
 use super::block::{Job, Rows};
-use super::softmax::{Cap, Scale, Slope, Times, Weigh};
+use super::softmax::{Scale, Times, Weigh};
 use crate::error::{Error, Result};
 
 /// The paths of a tree's nodes.
@@ -150,14 +150,7 @@ impl<T: Tier, E: Element> Job<'_, T, E> {
                     scores[at] *= keys[entry];
                 }
             }
-            if let Some(cap) = self.call.shape.softcap {
-                self.tier.run(Cap(scores, cap));
-            }
-            if self.call.shape.alibi.is_some() {
-                self.tier.run(Slope(scores, slopes[i], start));
-            }
-            scores[..from].fill(f32::NEG_INFINITY);
-            scores[to..].fill(f32::NEG_INFINITY);
+            self.shape_scores(scores, start, (from, to), slopes[i]);
         }
         self.tier.run(Weigh { scores, running, seen });
         for (i, &(from, to)) in seen.iter().enumerate() {
