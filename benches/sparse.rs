@@ -86,8 +86,8 @@ fn dense(pool: &Pool, kernels: &Kernels, layer: &Layer, s: &mut Scratch) {
     quantize(&mut s.rounded, &s.x, layer.gate.group());
     let columns = Columns::new(&mut s.gate_up, 1, 2 * ffn, 0, 2 * ffn);
     let product = |w, part| IntProduct { kernel: kernels.w4a8, w, y: columns.part(part * ffn, ffn) };
-    let mut products = [product(&layer.gate, 0), product(&layer.up, 1)].into_iter();
-    int_matmuls(pool, &s.rounded, &mut products).expect("fits");
+    let products = [product(&layer.gate, 0), product(&layer.up, 1)];
+    int_matmuls(pool, &s.rounded, &mut products.into_iter()).expect("fits");
     let (gate, up) = s.gate_up.split_at(ffn);
     kernels.elementwise.silu_mul(gate, up, &mut s.inner);
     quantize(&mut s.rounded, &s.inner, layer.down.group());
@@ -165,9 +165,8 @@ fn main() {
                     _ => (192 << 20) / bytes,
                 };
                 let layers: Vec<Layer> = (0..count.max(1)).map(|_| layer(&mut seed)).collect();
-                let values = noise(hidden, &mut seed).iter().map(|&b| f32::from(b) / 64.0 - 2.0);
                 let mut s = Scratch {
-                    x: values.collect(),
+                    x: noise(hidden, &mut seed).iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect(),
                     ones: vec![1.0; ffn],
                     gate_up: vec![0.0; 2 * ffn],
                     act: vec![0.0; ffn],

@@ -77,7 +77,8 @@ impl Bundles {
         let facts = row.map_or(0, |row| row.groups * if row.asymmetric { 3 } else { 2 });
         let column_start = row_codes + facts;
         let chunks = outputs.div_ceil(CHUNK);
-        let stride = (column_start + chunks * CHUNK / 2).next_multiple_of(64);
+        // Kernels read up to 16 bytes behind a row's facts.
+        let stride = (column_start + (chunks * CHUNK / 2).max(16)).next_multiple_of(64);
         let data = Buffer::build("neuron bundles", neurons, stride, pool, &|n, bundle| {
             if let (Some(up), Some(row)) = (up, row) {
                 fill_row(up, row, n, &mut bundle[..column_start]);

@@ -36,8 +36,8 @@ impl SparseMatmul for Kernel {
         assert_eq!(out.len(), active.len(), "an output a neuron");
         // SAFETY: the token proves that the CPU has the instructions.
         unsafe {
-            if side.group == 32 {
-                rows_of_32(w, side, x, active, out);
+            if side.group == 32 || side.group.is_multiple_of(CHUNK) || side.groups == 1 {
+                eights(w, side, x, active, out);
             } else {
                 rows_of_many(w, side, x, active, out);
             }
@@ -100,25 +100,6 @@ unsafe fn products(weights: *const u8, x: *const i8) -> [__m256i; 2] {
     }
 }
 
-/// The sums of eight vectors of sixteen lanes, each lane at most 8000 in magnitude.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn across(v: &[__m256i; 8]) -> __m256i {
-    let halves = |a, b| _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    let quarters = |a, b| {
-        let (a, b) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
-        let (even, odd) = (_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
-        _mm256_add_epi16(_mm256_castps_si256(even), _mm256_castps_si256(odd))
-    };
-    let ones = _mm256_set1_epi16(1);
-    let first = _mm256_madd_epi16(quarters(halves(v[0], v[1]), halves(v[2], v[3])), ones);
-    let second = _mm256_madd_epi16(quarters(halves(v[4], v[5]), halves(v[6], v[7])), ones);
-    _mm256_add_epi32(
-        _mm256_permute2x128_si256::<0x20>(first, second),
-        _mm256_permute2x128_si256::<0x31>(first, second),
-    )
-}
-
 /// The scales and the zero points of up to eight groups from group `g` on, in a row's `facts`; 0 behind the last.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
@@ -176,48 +157,245 @@ fn add_groups(
         let factors = _mm256_mul_ps(scales, _mm256_loadu_ps(x_scales.as_ptr()));
         _mm256_storeu_ps(factor.as_mut_ptr(), factors);
     }
-    if count == 8 {
-        return (0..8).fold(y, |y, i| f32::mul_add(sum[i], factor[i], y));
+    let mut y = y;
+    for i in 0..count {
+        y = f32::mul_add(sum[i], factor[i], y);
     }
-    (0..count).fold(y, |y, i| f32::mul_add(sum[i], factor[i], y))
+    y
 }
 
-/// Groups of 32: every vector of products is a group.
+/// Neurons that are computed together, each in a lane of its own once a group is added up.
+const EIGHT: usize = 8;
+
+/// Groups of 32, or of whole chunks.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rows_of_32(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
+fn eights(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
     opaque(0); // aligns the stack
-    for (i, (&n, out)) in active.iter().zip(out).enumerate() {
-        if let Some(&next) = active.get(i + AHEAD) {
-            fetch(w.row(next as usize).0);
-        }
-        let (codes, facts) = w.row(n as usize);
-        assert!(codes.len() == side.groups.div_ceil(2) * 32 && facts.len() >= 2 * side.groups);
-        let mut y = 0.0;
-        for g in (0..side.groups).step_by(8) {
-            let count = 8.min(side.groups - g);
-            let mut v = [_mm256_setzero_si256(); 8];
-            // SAFETY: a group has 32 activations, and two groups 32 bytes of codes, as was checked.
+    let chunks = x.0.stride.div_ceil(CHUNK);
+    let mut batches = active.chunks(EIGHT).peekable();
+    for out in out.chunks_mut(EIGHT) {
+        let Some(batch) = batches.next() else { break };
+        let start = |batch: &[u32], i: usize| w.row(batch[i.min(batch.len() - 1)] as usize);
+        let rows: [_; EIGHT] = std::array::from_fn(|i| start(batch, i));
+        let ahead = *batches.peek().unwrap_or(&batch);
+        let ahead: [_; EIGHT] = std::array::from_fn(|i| start(ahead, i).0.as_ptr());
+        assert!(rows.iter().all(|(codes, facts)| {
+            codes.len() == 32 * chunks && facts.len() == side.groups * if side.asymmetric { 3 } else { 2 }
+        }));
+        let (codes, facts) = (rows.map(|row| row.0.as_ptr()), rows.map(|row| row.1.as_ptr()));
+        let mut y = _mm256_setzero_ps();
+        for first in (0..side.groups).step_by(8) {
+            let count = 8.min(side.groups - first);
+            // SAFETY: `codes` have 32 bytes for each chunk, of which a group of 32 takes one half and another one all; behind
+            // `facts` there are at least 16 bytes of the bundle, so eight groups can be read even if fewer exist.
             unsafe {
-                let (weights, x) = (codes.as_ptr().add(16 * g), x.0.codes.as_ptr().add(32 * g));
-                if count == 8 {
-                    for pair in 0..4 {
-                        let [low, high] = products(weights.add(32 * pair), x.add(64 * pair));
-                        (v[2 * pair], v[2 * pair + 1]) = (low, high);
+                let mut sums = [_mm256_setzero_si256(); 8];
+                if side.group == 32 {
+                    for pair in 0..count.div_ceil(2) {
+                        let chunk = first / 2 + pair;
+                        fetch_chunk(&ahead, chunk);
+                        let [low, high] = two_groups(&codes, chunk, x);
+                        (sums[2 * pair], sums[2 * pair + 1]) = (low, high);
                     }
                 } else {
-                    for pair in 0..count / 2 {
-                        let [low, high] = products(weights.add(32 * pair), x.add(64 * pair));
-                        (v[2 * pair], v[2 * pair + 1]) = (low, high);
-                    }
-                    if count % 2 == 1 {
-                        v[count - 1] = half_products(weights.add(16 * (count - 1)), x.add(32 * (count - 1)));
+                    for (g, sum) in (first..).zip(sums.iter_mut().take(count)) {
+                        let from = g * side.group / CHUNK;
+                        let to = chunks.min((g + 1) * side.group.next_multiple_of(CHUNK) / CHUNK);
+                        *sum = one_group(&codes, from, to, x, &ahead);
                     }
                 }
+                let scales = turned(&facts, 2 * first);
+                let zeros = if side.asymmetric {
+                    turned_bytes(&facts, 2 * side.groups + first)
+                } else {
+                    [_mm_setzero_si128(); 8]
+                };
+                for i in 0..count {
+                    let (x_scale, x_sum) = (x.0.scales[first + i], x.0.sums[first + i]);
+                    let offset = if side.asymmetric {
+                        _mm256_mullo_epi32(_mm256_cvtepu8_epi32(zeros[i]), _mm256_set1_epi32(x_sum))
+                    } else {
+                        _mm256_set1_epi32(MIDDLE * x_sum)
+                    };
+                    let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32::<4>(sums[i]), offset));
+                    let scale = _mm256_mul_ps(_mm256_cvtph_ps(scales[i]), _mm256_set1_ps(x_scale));
+                    y = _mm256_fmadd_ps(sum, scale, y);
+                }
             }
-            y = add_groups(y, across(&v), facts, side, x, (g, count));
         }
-        *out = y;
+        let mut all = [0f32; EIGHT];
+        // SAFETY: there are eight.
+        unsafe { _mm256_storeu_ps(all.as_mut_ptr(), y) }
+        out.copy_from_slice(&all[..out.len()]);
     }
+}
+
+/// Asks for a chunk of each of some rows, one line in two calls.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fetch_chunk(rows: &[*const u8; EIGHT], chunk: usize) {
+    if chunk.is_multiple_of(2) {
+        for row in rows {
+            _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(32 * chunk).cast());
+        }
+    }
+}
+
+/// The activations of a chunk; those behind the last are 0.
+///
+/// # Safety
+/// There is such a chunk.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn activations(x: &Vector<'_>, chunk: usize) -> [__m256i; 2] {
+    // SAFETY: `x` is a multiple of 32 long.
+    unsafe {
+        let at = x.0.codes.as_ptr().add(CHUNK * chunk).cast::<__m256i>();
+        let whole = CHUNK * chunk + CHUNK <= x.0.codes.len();
+        [_mm256_loadu_si256(at), if whole { _mm256_loadu_si256(at.add(1)) } else { _mm256_setzero_si256() }]
+    }
+}
+
+/// Adds halves of 64 bits: four sums of `a`, then four of `b`, in either half.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn halves(a: __m256i, b: __m256i) -> __m256i {
+    _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+}
+
+/// The sums of eight vectors of sixteen lanes, of which [`halves`] has added up two and two.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn across(h: [__m256i; 4]) -> __m256i {
+    let quarters = |a, b| {
+        let (a, b) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
+        let (even, odd) = (_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+        _mm256_add_epi16(_mm256_castps_si256(even), _mm256_castps_si256(odd))
+    };
+    let ones = _mm256_set1_epi16(1);
+    let first = _mm256_madd_epi16(quarters(h[0], h[1]), ones);
+    let second = _mm256_madd_epi16(quarters(h[2], h[3]), ones);
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256::<0x20>(first, second),
+        _mm256_permute2x128_si256::<0x31>(first, second),
+    )
+}
+
+/// The sums of both groups of 32 in a chunk, a lane a row.
+///
+/// # Safety
+/// The rows and `x` have such a chunk.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn two_groups(rows: &[*const u8; EIGHT], chunk: usize, x: &Vector<'_>) -> [__m256i; 2] {
+    let nibble = _mm256_set1_epi8(15);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let [x0, x1] = activations(x, chunk);
+        let (mut low, mut high) = ([_mm256_setzero_si256(); 4], [_mm256_setzero_si256(); 4]);
+        for i in 0..4 {
+            let a = _mm256_loadu_si256(rows[2 * i].add(32 * chunk).cast());
+            let b = _mm256_loadu_si256(rows[2 * i + 1].add(32 * chunk).cast());
+            low[i] = halves(
+                _mm256_maddubs_epi16(_mm256_and_si256(a, nibble), x0),
+                _mm256_maddubs_epi16(_mm256_and_si256(b, nibble), x0),
+            );
+            high[i] = halves(
+                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(a), nibble), x1),
+                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(b), nibble), x1),
+            );
+        }
+        [across(low), across(high)]
+    }
+}
+
+/// The sums of a group of some chunks, a lane a row.
+///
+/// # Safety
+/// The rows and `x` have such chunks.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn one_group(
+    rows: &[*const u8; EIGHT],
+    from: usize,
+    to: usize,
+    x: &Vector<'_>,
+    ahead: &[*const u8; EIGHT],
+) -> __m256i {
+    let nibble = _mm256_set1_epi8(15);
+    let ones = _mm256_set1_epi16(1);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut v = [_mm256_setzero_si256(); EIGHT];
+        for chunk in from..to {
+            fetch_chunk(ahead, chunk);
+            let [x0, x1] = activations(x, chunk);
+            for i in 0..EIGHT {
+                let w = _mm256_loadu_si256(rows[i].add(32 * chunk).cast());
+                let low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), x0);
+                let high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble), x1);
+                v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+            }
+        }
+        across_wide(&v)
+    }
+}
+
+/// Eight rows of eight 16-bit numbers from byte `at` on, the other way round.
+///
+/// # Safety
+/// The rows have 16 bytes there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn turned(rows: &[*const u8; EIGHT], at: usize) -> [__m128i; 8] {
+    // SAFETY: the caller's promise.
+    let r = rows.map(|row| unsafe { _mm_loadu_si128(row.add(at).cast()) });
+    let words =
+        [0, 2, 4, 6].map(|i| (_mm_unpacklo_epi16(r[i], r[i + 1]), _mm_unpackhi_epi16(r[i], r[i + 1])));
+    let [a, b, c, d] = words;
+    let quads = |p, q, s, t| {
+        let (left, right) = (_mm_unpacklo_epi32(p, q), _mm_unpacklo_epi32(s, t));
+        let (left2, right2) = (_mm_unpackhi_epi32(p, q), _mm_unpackhi_epi32(s, t));
+        [
+            _mm_unpacklo_epi64(left, right),
+            _mm_unpackhi_epi64(left, right),
+            _mm_unpacklo_epi64(left2, right2),
+            _mm_unpackhi_epi64(left2, right2),
+        ]
+    };
+    let (low, high) = (quads(a.0, b.0, c.0, d.0), quads(a.1, b.1, c.1, d.1));
+    [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
+}
+
+/// Eight rows of eight bytes, the other way round; each in the low half of a vector.
+///
+/// # Safety
+/// The rows have eight bytes there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn turned_bytes(rows: &[*const u8; EIGHT], at: usize) -> [__m128i; 8] {
+    // SAFETY: the caller's promise.
+    let r = rows.map(|row| unsafe { _mm_loadl_epi64(row.add(at).cast()) });
+    let [a, b, c, d] = [0, 2, 4, 6].map(|i| _mm_unpacklo_epi8(r[i], r[i + 1]));
+    let (ab, ab2) = (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
+    let (cd, cd2) = (_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d));
+    let pairs = [
+        _mm_unpacklo_epi32(ab, cd),
+        _mm_unpackhi_epi32(ab, cd),
+        _mm_unpacklo_epi32(ab2, cd2),
+        _mm_unpackhi_epi32(ab2, cd2),
+    ];
+    let second = |v| _mm_unpackhi_epi64(v, v);
+    [
+        pairs[0],
+        second(pairs[0]),
+        pairs[1],
+        second(pairs[1]),
+        pairs[2],
+        second(pairs[2]),
+        pairs[3],
+        second(pairs[3]),
+    ]
 }
 
 /// As [`products`], of the low nibbles alone.
@@ -234,7 +412,7 @@ unsafe fn half_products(weights: *const u8, x: *const i8) -> __m256i {
     }
 }
 
-/// Groups of any multiple of 32.
+/// Groups of any multiple of 32, row by row.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn rows_of_many(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
     opaque(0); // aligns the stack
@@ -317,22 +495,27 @@ fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Rang
     assert!(chunks.len() <= BLOCK && chunks.end <= w.chunks());
     let mut outputs = [[0f32; CHUNK]; BLOCK];
     let mut sums = [[0i32; CHUNK]; BLOCK];
+    let mut place = 0; // in `active`
     for (g, members) in by_group(active, side.group) {
         let (scales, zeros) = w.column_scales(g);
         let (x_scale, x_sum) = (x.0.scales[g], x.0.sums[g]);
         let mut batches = members.chunks(TOGETHER).peekable();
         let mut begun = false;
         while let Some(batch) = batches.next() {
-            let mut bytes: [&[u8]; TOGETHER] = [&[]; TOGETHER];
+            let mut bytes = [std::ptr::null(); TOGETHER];
             let mut factors = [0i32; TOGETHER / 2];
             for (i, &n) in batch.iter().enumerate() {
-                bytes[i] = &w.column(n as usize)[32 * chunks.start..32 * chunks.end];
+                bytes[i] = w.column(n as usize)[32 * chunks.start..].as_ptr();
+                if let Some(&next) = active.get(place + i + TOGETHER) {
+                    fetch(&w.column(next as usize)[32 * chunks.start..32 * chunks.end]);
+                }
                 let code = u32::from(x.0.codes[n as usize].cast_unsigned());
                 factors[i / 2] |= (code << (8 * (i % 2)) | code << (8 * (i % 2) + 16)).cast_signed();
             }
             if batch.len() % 2 == 1 {
                 bytes[batch.len()] = bytes[batch.len() - 1]; // times 0
             }
+            place += batch.len();
             let pairs = batch.len().div_ceil(2);
             let (bytes, factors) = (&bytes[..2 * pairs], &factors[..pairs]);
             let last = batches.peek().is_none();
@@ -373,13 +556,13 @@ fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Rang
 /// Each of `bytes` has 32 bytes from `at` on, and there are two for each of `factors`, at most sixteen.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn chunk(bytes: &[&[u8]], factors: &[i32], at: usize) -> [__m256i; 8] {
+unsafe fn chunk(bytes: &[*const u8], factors: &[i32], at: usize) -> [__m256i; 8] {
     let nibble = _mm256_set1_epi8(15);
     let mut v = [_mm256_setzero_si256(); 4];
     for (pair, &factor) in bytes.chunks_exact(2).zip(factors) {
         // SAFETY: the caller's promise.
         let (a, b) = unsafe {
-            let load = |bytes: &[u8]| _mm256_loadu_si256(bytes.as_ptr().add(at).cast());
+            let load = |bytes: *const u8| _mm256_loadu_si256(bytes.add(at).cast());
             (load(pair[0]), load(pair[1]))
         };
         let x = _mm256_set1_epi32(factor);

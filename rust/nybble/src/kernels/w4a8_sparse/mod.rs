@@ -120,7 +120,9 @@ pub fn sparse_columns(
     }
     let x = Vector::of(x, row);
     let columns = Columns::new(y, 1, w.outputs(), 0, w.outputs());
-    pool.split(w.chunks(), 1, &|chunks| {
+    // Not too small: every range begins anew with the first active neuron.
+    let grain = (w.chunks() / (4 * pool.threads())).max(1);
+    pool.split(w.chunks(), grain, &|chunks| {
         // SAFETY: `split` hands out disjoint chunks.
         let part = unsafe { columns.row(0, chunks.start * CHUNK, chunks.len() * CHUNK) };
         kernel.columns(w, &x, active, chunks, part);
