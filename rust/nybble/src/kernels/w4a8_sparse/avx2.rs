@@ -506,9 +506,6 @@ fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Rang
             let mut factors = [0i32; TOGETHER / 2];
             for (i, &n) in batch.iter().enumerate() {
                 bytes[i] = w.column(n as usize)[32 * chunks.start..].as_ptr();
-                if let Some(&next) = active.get(place + i + TOGETHER) {
-                    fetch(&w.column(next as usize)[32 * chunks.start..32 * chunks.end]);
-                }
                 let code = u32::from(x.0.codes[n as usize].cast_unsigned());
                 factors[i / 2] |= (code << (8 * (i % 2)) | code << (8 * (i % 2) + 16)).cast_signed();
             }
@@ -516,10 +513,20 @@ fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Rang
                 bytes[batch.len()] = bytes[batch.len() - 1]; // times 0
             }
             place += batch.len();
+            let mut ahead = [std::ptr::null(); TOGETHER];
+            let next = active[place..].iter().take(TOGETHER);
+            for (ahead, &n) in ahead.iter_mut().zip(next) {
+                *ahead = w.column(n as usize)[32 * chunks.start..].as_ptr();
+            }
             let pairs = batch.len().div_ceil(2);
             let (bytes, factors) = (&bytes[..2 * pairs], &factors[..pairs]);
             let last = batches.peek().is_none();
             for (c, sums) in sums.iter_mut().take(chunks.len()).enumerate() {
+                if c % 2 == 0 {
+                    for next in ahead {
+                        _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(32 * c).cast());
+                    }
+                }
                 // SAFETY: all of `bytes` have 32 bytes for each of the chunks.
                 let mut v = unsafe { chunk(bytes, factors, 32 * c) };
                 // SAFETY: sums and outputs have 64 elements, and the scales and zero points as many for each of all chunks.

@@ -156,9 +156,12 @@ fn check_active(w: &Bundles, active: &[u32]) -> Result<()> {
 }
 
 /// The active neurons of each group that has any, with the group's number.
-fn by_group(active: &[u32], group: usize) -> impl Iterator<Item = (usize, &[u32])> {
-    active.chunk_by(move |a, b| *a as usize / group == *b as usize / group).filter_map(move |part| {
-        let first = *part.first()?;
-        Some((first as usize / group, part))
+fn by_group(mut active: &[u32], group: usize) -> impl Iterator<Item = (usize, &[u32])> {
+    std::iter::from_fn(move || {
+        let g = *active.first()? as usize / group;
+        let end = (g + 1) * group;
+        let (own, rest) = active.split_at(active.iter().take_while(|&&n| (n as usize) < end).count());
+        active = rest;
+        Some((g, own))
     })
 }
