@@ -37,9 +37,9 @@ Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here
 :class:`nybble.tokens.TokenPolicy`, or the name and the settings of a method in
 :data:`nybble.tokens.METHODS`. It changes no weight.
 
-``sparsity`` names a method in :data:`nybble.sparsity.METHODS`, with its settings: which values count
-as 0 when the model runs. Thresholds are found on the calibration text, with the weights as they are
-written, and stored beside them.
+``sparsity`` names a method in :data:`nybble.sparsity.METHODS`, with its settings: which values
+count as 0 when the model runs. Thresholds are found on the calibration text, with the weights as
+they are written, and stored beside them.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """

@@ -114,8 +114,10 @@ def ppl_sparsity(
     method = Chess() if method is None else method
     name = next(name for name, kind in METHODS.items() if type(method) is kind)
     tried: list[tuple[float, float]] = []
+    tokens = 0
 
     def surprise(sparsity: float) -> float:
+        nonlocal tokens
         found = measure(
             model,
             text,
@@ -128,11 +130,9 @@ def ppl_sparsity(
             tried.append((sparsity, found.perplexity))
         if on_step is not None:
             on_step(len(tried) + 1, steps + 1, found.perplexity)
-        nonlocal tokens
         tokens = found.tokens
         return found.perplexity
 
-    tokens = 0
     model.sparsify("off")
     dense = surprise(0.0)
     limit = dense * (1 + percent / 100)

@@ -527,8 +527,8 @@ def load(
         pays by measured times, ``"off"`` never; sources (``"recycle,ngram"``), a mapping, or
         :class:`nybble.speculate.Drafts` choose how.
     sparsity
-        What is taken for zero: for each layer a :class:`nybble.sparsity.Thresholds`. By default what
-        the folder says; ``"off"`` for nothing.
+        What is taken for zero: for each layer a :class:`nybble.sparsity.Thresholds`. By default
+        what the folder says; ``"off"`` for nothing.
 
     Raises
     ------

@@ -138,14 +138,14 @@ def observe(
         count += len(chunk)
     found = []
     for kept, mean in zip(keep, total, strict=True):
-        values = {name: np.concatenate(parts) for name, parts in kept.items()}
-        up = values.pop("up", None)
+        inputs = {name: np.concatenate(parts) for name, parts in kept.items()}
+        up = inputs.pop("up", None)
         found.append(
             Seen(
-                act=values.pop("act"),
+                act=inputs.pop("act"),
                 up=up,
                 up_mean=np.ones_like(mean) if up is None else mean / max(count, 1),
-                inputs=values,
+                inputs=inputs,
             )
         )
     return found
