@@ -186,7 +186,9 @@ fn main() {
                         for round in 0..2 {
                             let start = Instant::now();
                             pool.region(|| {
-                                layers.iter().for_each(|layer| dense(&pool, &kernels, layer, &mut s))
+                                for layer in &layers {
+                                    dense(&pool, &kernels, layer, &mut s);
+                                }
                             });
                             if round == 1 {
                                 without.push(start.elapsed().as_secs_f64());
@@ -199,9 +201,9 @@ fn main() {
                                 .collect();
                             let start = Instant::now();
                             pool.region(|| {
-                                layers
-                                    .iter()
-                                    .for_each(|layer| sparse(&pool, &kernels, layer, &chosen, &mut s));
+                                for layer in &layers {
+                                    sparse(&pool, &kernels, layer, &chosen, &mut s);
+                                }
                             });
                             if round == 1 {
                                 with.push(start.elapsed().as_secs_f64());

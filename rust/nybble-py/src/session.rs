@@ -14,6 +14,9 @@ use crate::error::{exclusively, run, run_until_signal};
 use crate::generator::Generator;
 use crate::speculator::Speculator;
 
+/// Values of a layer by their names, `[tokens, width]` each.
+type Seen<'py> = BTreeMap<&'static str, Bound<'py, PyArray2<f32>>>;
+
 /// One text in a model, with its keys and values.
 #[pyclass(frozen, module = "nybble._nybble")]
 pub(crate) struct Session {
@@ -71,11 +74,7 @@ impl Session {
     }
 
     /// Computes `ids`; returns for each layer the values that thresholds are found by, by their names.
-    fn observe<'py>(
-        &self,
-        py: Python<'py>,
-        ids: PyReadonlyArray1<'py, u32>,
-    ) -> PyResult<Vec<BTreeMap<&'static str, Bound<'py, PyArray2<f32>>>>> {
+    fn observe<'py>(&self, py: Python<'py>, ids: PyReadonlyArray1<'py, u32>) -> PyResult<Vec<Seen<'py>>> {
         let ids = ids.as_array().to_vec();
         let seen = run_until_signal(py, |stop| {
             let mut seen: Vec<BTreeMap<&'static str, Vec<f32>>> = Vec::new();

@@ -185,7 +185,7 @@ impl Active {
         let mut count = 0;
         for (n, (act, least)) in (0..).zip(act.iter().zip(least)) {
             self.list[count] = n;
-            count += usize::from(!(act.abs() <= *least)); // NaN is above
+            count += usize::from(act.abs() > *least || act.is_nan());
         }
         self.list.truncate(count);
     }

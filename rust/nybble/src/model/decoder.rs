@@ -42,7 +42,8 @@ pub(super) struct Scratch {
 
 impl Session {
     /// Computes `tokens`, at most a chunk of them, and as many last rows of logits as `logits` has room for. With a plan the
-    /// tokens are reduced. As the nodes of a tree they go into the caches only.
+    /// tokens are reduced. As the nodes of a tree they go into the caches only. A tap is shown what layers compute.
+    #[expect(clippy::too_many_arguments, reason = "the ways to compute tokens meet here")]
     pub(super) fn chunk(
         &mut self,
         model: &Model,
@@ -213,6 +214,7 @@ fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
 }
 
 /// `[q | k | v] = qkv(xb)` with the block's input `xb`, with normed heads and turned to their positions where the model has that.
+#[expect(clippy::too_many_arguments, reason = "a block, its rows, and what may be skipped")]
 fn project(
     run: Run<'_>,
     block: &Block,

@@ -251,13 +251,10 @@ impl Sparsity {
         for (layer, thresholds) in weights.layers.iter().zip(&self.layers) {
             layers.push(if thresholds.neurons.is_empty() { None } else { bundle(run, layer)? });
         }
-        let known = known.filter(Times::good);
-        let times = match known {
+        let Some(first) = layers.iter().flatten().next() else { return Ok(None) };
+        let times = match known.filter(Times::good) {
             Some(times) => times,
-            None => match measure(run, weights, &layers)? {
-                Some(times) => times,
-                None => return Ok(None),
-            },
+            None => measure(run, weights, &layers, first)?,
         };
         let most = times.break_even();
         let keep = |(bundles, thresholds): (Option<Bundles>, &LayerThresholds)| {
@@ -281,10 +278,13 @@ fn bundle(run: Run<'_>, layer: &Layer) -> Result<Option<Bundles>> {
 
 /// Times of the layers' neurons, on average. All layers are walked in turn for one kind of kernel, then for the next, so that
 /// weights come from where they come from while generating; and each walk is made twice, of which the second counts.
-fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>]) -> Result<Option<Times>> {
-    let count = layers.iter().flatten().count();
-    let Some(bundles) = layers.iter().flatten().next() else { return Ok(None) };
-    let (hidden, inner) = (bundles.inputs(), bundles.neurons());
+fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>], first: &Bundles) -> Result<Times> {
+    let (hidden, inner) = (first.inputs(), first.neurons());
+    // A layer of another width is left out: its neighbours' times stand for it.
+    let fits = |bundles: &Bundles| {
+        (bundles.inputs(), bundles.neurons(), bundles.outputs()) == (hidden, inner, hidden)
+    };
+    let count = layers.iter().flatten().filter(|bundles| fits(bundles)).count().max(1);
     let wave = |n: usize| (0..n).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<f32>>();
     let (x, full) = (wave(hidden), wave(inner));
     let (mut gate_up, mut act, mut y) = (vec![0.0; 2 * inner], vec![0.0; inner], vec![0.0; hidden]);
@@ -303,11 +303,9 @@ fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>]) -> Resul
                 let begin = Instant::now();
                 run.pool.region(|| -> Result<()> {
                     for (layer, bundles) in weights.layers.iter().zip(layers) {
-                        let Some(bundles) = bundles else { continue };
-                        let fits = (bundles.inputs(), bundles.neurons(), bundles.outputs());
-                        if fits != (hidden, inner, hidden) {
-                            continue; // a layer of another width: its neighbours' times stand for it
-                        }
+                        let Some(bundles) = bundles.as_ref().filter(|bundles| fits(bundles)) else {
+                            continue;
+                        };
                         let mlp = &layer.mlp;
                         if share.is_none() {
                             mlp.gate_up.forward(run, &x, 1, &mut rounded, &mut gate_up)?;
@@ -336,7 +334,7 @@ fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>]) -> Resul
     };
     let mut medians = seconds.into_iter().map(median);
     let dense = medians.next().unwrap_or(1e-9);
-    Ok(Some(Times { dense, sparse: SHARES.into_iter().zip(medians).collect() }))
+    Ok(Times { dense, sparse: SHARES.into_iter().zip(medians).collect() })
 }
 
 /// What was skipped.

@@ -518,6 +518,8 @@ fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Rang
             for (ahead, &n) in ahead.iter_mut().zip(next) {
                 *ahead = w.column(n as usize)[32 * chunks.start..].as_ptr();
             }
+            let next = active.get(place).map_or(g, |&n| n as usize / side.group);
+            let (next_scales, next_zeros) = w.column_scales(next);
             let pairs = batch.len().div_ceil(2);
             let (bytes, factors) = (&bytes[..2 * pairs], &factors[..pairs]);
             let last = batches.peek().is_none();
@@ -539,6 +541,10 @@ fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Rang
                     }
                     if last {
                         let place = (chunks.start + c) * CHUNK;
+                        let at = next_scales.as_ptr().wrapping_add(2 * place);
+                        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(64).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(next_zeros.as_ptr().wrapping_add(place).cast());
                         let scales = &scales[2 * place..][..2 * CHUNK];
                         let zeros = if side.asymmetric { &zeros[place..][..CHUNK] } else { zeros };
                         finish(&v, scales, zeros, side.asymmetric, x_scale, x_sum, &mut outputs[c]);
