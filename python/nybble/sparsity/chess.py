@@ -40,6 +40,14 @@ class Chess(SparsityMethod):
 
     What differs here: magnitudes and not squares, as in the paper's text (its first code has
     ``sqrt(T / E[u_i^2])``); the model is calibrated as it is rounded.
+
+    What it costs: small models are less sparse than those of the paper. Rise of the perplexity of
+    SmolLM2-135M (4-bit weights, 8-bit activations) on 3072 tokens of WikiText-2, thresholds found
+    on 16384 tokens of its other half, by the share of neurons that is skipped::
+
+        sparsity    30 %      50 %      70 %
+        chess      +4.1 %   +24.2 %    +130 %
+        cats       +5.5 %   +35.9 %    +266 %
     """
 
     sparsity: float = 0.5
