@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from families import make, prompts
-from nybble.calibrate.trainable import Linear, descend, trainable
 from nybble.errors import ConfigError, FormatError
 from nybble.quant import Rtn, ScaleTuning, Scheme
+from nybble.quant.trainable import Linear, descend, trainable
 
 
 def rounded(scheme, rows=6, cols=64, seed=0):
@@ -77,6 +77,7 @@ def test_the_gradient_is_that_of_the_divergence():
     torch.testing.assert_close(gradient, norm.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.timeout(180)  # trains, on machines that may be busy
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
 def test_predictions_come_nearer_and_integers_stay(family):
     original = make(family)

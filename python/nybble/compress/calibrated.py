@@ -29,7 +29,6 @@ from nybble import _nybble
 from nybble.calibrate.layers import Layer, Walk
 from nybble.calibrate.stats import InputStats
 from nybble.calibrate.text import CalibrationSet
-from nybble.calibrate.trainable import Linear
 from nybble.compress.plan import Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.source import Source
@@ -38,6 +37,7 @@ from nybble.quant.base import Floats, IntWeights
 from nybble.quant.fold import pairs, rescale
 from nybble.quant.scale_tuning import ScaleTuning
 from nybble.quant.static import static_scale
+from nybble.quant.trainable import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -303,10 +303,8 @@ class CalibratedPass:
         output = None
         back = done.dequantize()
         if inputs is not None and inputs.gram.size:
-            gram = inputs.gram.astype(np.float32)
-            lost = values - back
-            size = float(np.vdot(values @ gram, values))
-            output = float(np.vdot(lost @ gram, lost)) / size if size > 0 else 0.0
+            size = inputs.energy(values)
+            output = inputs.energy(values - back) / size if size > 0 else 0.0
         weight[...] = back
         arrays[f"{item.name}.codes"] = done.codes
         arrays[f"{item.name}.scales"] = done.scales

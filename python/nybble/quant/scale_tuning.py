@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from nybble.calibrate.trainable import Linear, descend, parameter, scaled, trainable
 from nybble.errors import FormatError
 from nybble.quant.base import Floats, within
+from nybble.quant.trainable import Linear, descend, parameter, scaled, trainable
 
 __all__ = ["ScaleTuning", "Tuned"]
 
