@@ -324,7 +324,7 @@ class CalibratedPass:
         }
 
     def _tune(self, tuner: ScaleTuning, *, progress: bool) -> None:
-        """Tune scales and gains, or read what an earlier run has found."""
+        """Tune scales, zero points and gains, or read what an earlier run has found."""
         assert self.tuning_text is not None  # drawn for every recipe with a tuning
         facts = json.dumps([repr(tuner), self.tuning_text.digest])
         file = self.folder / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
@@ -372,6 +372,7 @@ class CalibratedPass:
             walks[0].torch, original, model, linears, gains, text.windows, progress=progress
         )
         arrays = {f"{name}.scales": scales for name, scales in found.scales.items()}
+        arrays |= {f"{name}.zeros": zeros for name, zeros in found.zeros.items()}
         arrays |= {f"{name}.float": gain for name, gain in found.gains.items()}
         return {**arrays, "divergences": np.array(found.divergences)}
 
@@ -443,7 +444,7 @@ class CalibratedPass:
             integers = IntWeights(
                 stored[f"{name}.codes"],
                 self._tuned.get(f"{name}.scales", scales),
-                stored[zeros] if zeros in stored.files else None,
+                self._tuned.get(zeros, stored[zeros] if zeros in stored.files else None),
                 facts["bits"],
                 facts["note"],
             )
