@@ -1,5 +1,6 @@
 """Writes the good files that fuzzing starts from into `corpus/` (numpy, safetensors, gguf)."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 def main() -> None:
     """Write one or two files a target."""
-    for target in ("safetensors", "gguf", "json", "dequantize"):
+    for target in ("safetensors", "gguf", "json", "dequantize", "matrix", "datastore"):
         (CORPUS / target).mkdir(parents=True, exist_ok=True)
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.int8)}
     (CORPUS / "safetensors" / "small").write_bytes(save(tensors, {"format": "pt"}))
@@ -38,6 +39,17 @@ def main() -> None:
     for number, name in ((2, "F16"), (13, "Q4_0"), (15, "Q5_0"), (18, "Q4_K"), (20, "Q6_K")):
         blocks = (golden / f"{name}.blocks").read_bytes()[:420]
         (CORPUS / "dequantize" / name).write_bytes(bytes([number]) + blocks)
+
+    # What speculation keeps: two numbers, then words. Fuzzing does not look at checksums.
+    def kept(magic: bytes, numbers: tuple[int, int], words: list[int]) -> bytes:
+        head = magic + struct.pack("<IIQQQ", 1, 2, 0, *numbers)
+        return head + struct.pack(f"<{len(words)}I", *words)
+
+    rows = [token % 10 if token % 5 else 0xFFFFFFFF for token in range(20)]
+    (CORPUS / "matrix" / "small").write_bytes(kept(b"nybbleAM", (10, 2), [*rows, 1, 2, 3]))
+    tokens = [1, 2, 3, 2, 1, 4, 3, 2, 1, 5]
+    order = sorted(range(len(tokens)), key=lambda at: tokens[at:])
+    (CORPUS / "datastore" / "small").write_bytes(kept(b"nybbleDS", (10, 10), tokens + order))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,34 @@ def test_a_walk_is_the_models_forward_pass_and_folds_do_not_change_it(opened, fa
             assert torch.equal(folded[window], plain[window])
 
 
+@pytest.mark.parametrize("after", [torch.tanh, lambda x: 1 + x])
+def test_attention_that_does_more_than_add_is_run_again(opened, after):
+    _, walk = opened("llama")
+    plain = walk.embed(np.array(prompts(24, 24, 24)))
+    staged = [states.clone() for states in plain]
+    layer = walk.layer(0)
+    attention = layer._module.self_attn
+    original, runs = type(attention).forward, 0
+
+    def forward(*args, **kwargs):
+        nonlocal runs
+        runs += 1
+        output, *rest = original(attention, *args, **kwargs)
+        return after(output), *rest
+
+    attention.forward = forward
+    wanted = [output for _, _, output in layer.trace(plain)]
+    runs = 0
+    for stage in range(4):
+        for _ in layer.inputs(stage, staged):
+            pass
+    layer.outputs(staged)
+    for window in range(3):
+        torch.testing.assert_close(staged[window], wanted[window])
+    # A sum is checked on one window; with anything else every window is run twice.
+    assert runs == 3 + 3 + (3 if after is torch.tanh else 1)
+
+
 def test_what_can_be_folded_is_known_for_each_family(opened):
     kinds = {}
     for family in ("llama", "opt", "opt-bare", "opt-post-norm-narrow", "gpt2", "bloom-6-heads"):

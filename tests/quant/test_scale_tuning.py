@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from families import make, prompts
-from nybble.calibrate.trainable import Linear, descend, trainable
 from nybble.errors import ConfigError, FormatError
 from nybble.quant import Rtn, ScaleTuning, Scheme
+from nybble.quant.trainable import Linear, descend, trainable
 
 
 def rounded(scheme, rows=6, cols=64, seed=0):
@@ -38,6 +38,13 @@ def test_a_linear_of_integers_is_one_of_floats(symmetric, group):
     groups = integers.scales.shape[1]
     of_change = (of_weight * weight).reshape(6, groups, -1).sum(dim=-1)
     torch.testing.assert_close(module.change.grad, of_change, rtol=1e-4, atol=1e-4)
+    # A step of a zero point moves them all by the scale, the other way.
+    if scheme.zeros == "sixteenths":
+        steps = torch.from_numpy(integers.scales)
+        of_shift = -of_weight.reshape(6, groups, -1).sum(dim=-1) * steps
+        torch.testing.assert_close(module.shift.grad, of_shift, rtol=1e-4, atol=1e-4)
+    else:
+        assert module.shift is None
 
 
 @pytest.mark.parametrize(
@@ -77,8 +84,18 @@ def test_the_gradient_is_that_of_the_divergence():
     torch.testing.assert_close(gradient, norm.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
-def test_predictions_come_nearer_and_integers_stay(family):
+@pytest.mark.timeout(180)  # trains, on machines that may be busy
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("llama", Scheme(4, 32, False, 16)),
+        ("llama", Scheme(4, 32, False, 16, whole_zeros=True)),
+        ("qwen2", Scheme(4, None, True, 16)),
+        ("opt", Scheme(4, None, True, 16)),
+        ("gpt2", Scheme(4, None, True, 16)),
+    ],
+)
+def test_predictions_come_nearer_and_integers_stay(family, scheme):
     original = make(family)
     model = copy.deepcopy(original)
     names = [
@@ -86,7 +103,6 @@ def test_predictions_come_nearer_and_integers_stay(family):
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D") and "lm_head" not in name
     ]
-    scheme = Scheme(4, None, True, 16)
     linears = {}
     for name in names:
         module = model.get_submodule(name)
@@ -110,6 +126,12 @@ def test_predictions_come_nearer_and_integers_stay(family):
         assert not np.array_equal(scales, old)
         assert np.array_equal(scales, scales.astype(np.float16).astype(np.float32))
         np.testing.assert_allclose(scales, old, rtol=0.15)
+    assert tuned.zeros.keys() == (linears.keys() if scheme.zeros == "sixteenths" else set())
+    for name, zeros in tuned.zeros.items():
+        old = linears[name].integers.zeros
+        assert not np.array_equal(zeros, old)
+        assert np.array_equal(zeros * 16, np.round(zeros * 16))
+        np.testing.assert_allclose(zeros, old, atol=0.25)
     for name in gains:  # the model has its own again
         assert torch.equal(model.get_parameter(name), before[name])
 

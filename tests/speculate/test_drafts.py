@@ -164,6 +164,15 @@ def test_what_a_pass_costs_is_kept(tiny_folder):
     assert times.read(first.info)[0][0] == 1
     second = nybble.load(tiny_folder, threads=1)
     assert second.generate(PROMPT, 40, ignore_end=True).metrics["draft"]["measure_seconds"] == 0
+    # What turns out otherwise while running is kept as well; the pace common to all rows is not.
+    speculator = second.speculator()
+    speculator.set_times([(rows, 3 * seconds) for rows, seconds in times.read(second.info)])
+    before = times.read(second.info)
+    second._keep_times(speculator)
+    assert times.read(second.info) == before
+    speculator.set_times([(1, 1.0), (2, 1.5)])
+    second._keep_times(speculator)
+    assert times.read(second.info) == [(1, 1.0), (2, 1.5)]
     for damaged in ("", "{}", '{"rows": [[2, 1.0]]}', '{"rows": 3}'):
         times.path(first.info).write_text(damaged)
         third = nybble.load(tiny_folder, threads=1)

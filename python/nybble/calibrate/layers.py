@@ -32,7 +32,7 @@ Reader = Callable[[str, int, int | None], Floats]
 
 
 class _Caught(Exception):
-    def __init__(self, value: torch.Tensor) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 
@@ -266,6 +266,9 @@ class Layer:
         """The linears in the order of the forward pass; together, those that read the same."""
         self._window = 0
         self._attended: dict[int, Any] | None = None
+        # The inputs of attention's last linear, with what its module returned when that gave
+        # nothing; and those of the feed-forward's last.
+        self._mixed: dict[int, tuple[Any, Any]] = {}
         self._kept: dict[int, Any] = {}
 
     def _part(self, path: str) -> Any:
@@ -309,13 +312,17 @@ class Layer:
     def inputs(self, stage: int, hidden: list[torch.Tensor]) -> Iterator[tuple[int, Floats]]:
         """Run all windows up to a stage; give each one's number and the stage's inputs.
 
-        Stages come in order. Once the third was asked for, attention counts as finished and is
-        computed once a window; the inputs of the last are kept for :meth:`outputs`.
+        Stages come in order, and what an earlier one computed is not computed again. Once the third
+        was asked for, attention counts as finished and is computed once a window; the inputs of the
+        last are kept for :meth:`outputs`.
         """
 
         def catch(_: Any, args: Any) -> None:
             raise _Caught(args[0])
 
+        if stage == 1:
+            yield from self._mixing(hidden)
+            return
         if stage >= 2 and self._attended is None:
             self._finish_attention()
         hooks = [self._part(name).register_forward_pre_hook(catch) for name in self.stages[stage]]
@@ -329,7 +336,7 @@ class Layer:
             for hook in hooks:
                 hook.remove()
 
-    def _until_caught(self, index: int, states: torch.Tensor) -> torch.Tensor:
+    def _until_caught(self, index: int, states: torch.Tensor) -> Any:
         try:
             self._forward(index, states)
         except _Caught as caught:
@@ -355,19 +362,65 @@ class Layer:
             for name in linears:
                 self._part(name).__dict__.pop("forward", None)
         if self._attended is not None:
-            self._part(self.parts["attention"]["out"].rpartition(".")[0]).__dict__.pop("forward")
+            self._attention.__dict__.pop("forward")
             self._attended = None
 
+    @property
+    def _attention(self) -> Any:
+        return self._part(self.parts["attention"]["out"].rpartition(".")[0])
+
+    def _mixing(self, hidden: list[torch.Tensor]) -> Iterator[tuple[int, Floats]]:
+        """Run all windows up to the end of attention, with nothing for its last linear's outputs.
+
+        A module adds those to others, if it does anything with them: then they can be added to what
+        it returns.
+        """
+        inputs = None
+
+        def catch(_: Any, args: Any, output: Any) -> None:
+            raise _Caught((inputs, output))
+
+        def keep(x: Any) -> Any:
+            nonlocal inputs
+            inputs = x
+            return nothing(x)
+
+        out = self._part(self.stages[1][0])
+        nothing = _nothing(self.weight(self.stages[1][0]).shape[0])
+        hook = self._attention.register_forward_hook(catch)
+        out.forward = keep
+        try:
+            for index, states in enumerate(hidden):
+                self._mixed[index] = self._until_caught(index, states)
+                yield index, _rows(self._mixed[index][0])
+        finally:
+            del out.forward
+            hook.remove()
+
     def _finish_attention(self) -> None:
-        attention = self._part(self.parts["attention"]["out"].rpartition(".")[0])
+        attention, out = self._attention, self._part(self.stages[1][0])
         original = attention.forward
         memory: dict[int, Any] = {}
         self._attended = memory
+        sums = True
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._window not in memory:
-                memory[self._window] = original(*args, **kwargs)
-            return memory[self._window]
+            nonlocal sums
+            window = self._window
+            if window not in memory:
+                inputs, output = self._mixed.pop(window, (None, None))
+                if inputs is None or not sums:
+                    memory[window] = original(*args, **kwargs)
+                elif isinstance(output, tuple):
+                    memory[window] = (output[0] + out(inputs), *output[1:])
+                else:
+                    memory[window] = output + out(inputs)
+                if inputs is not None and len(memory) == 1:  # is it so in this family?
+                    whole = original(*args, **kwargs)
+                    first, second = (_first(value) for value in (whole, memory[window]))
+                    sums = self._torch.equal(first, second)
+                    memory[window] = whole
+            return memory[window]
 
         attention.forward = forward
 
@@ -375,8 +428,12 @@ class Layer:
         self._window = index
         with self._torch.inference_mode():
             output = self._module(states, *self._args, **self._kwargs)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return _first(output)
+
+
+def _first(output: Any) -> torch.Tensor:
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 def _nothing(rows: int) -> Callable[[Any], Any]:

@@ -25,6 +25,7 @@ NEEDS = {
 
 _SAMPLE = 512  # rows kept by "sample"
 _LARGEST = 1e15
+_BLOCK = 256  # columns of a symmetric product at a time
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -120,14 +121,32 @@ class InputStats:
         """Mean magnitude of each channel."""
         return self.absolute / max(self.count, 1)
 
+    def energy(self, weights: Floats) -> float:
+        """Return the sum of squares of what weights ``[rows, cols]`` give; needs ``gram``."""
+        import torch
+
+        rows = torch.from_numpy(weights)
+        return float((rows @ torch.from_numpy(self.gram.astype(np.float32))).mul_(rows).sum())
+
 
 def _product(left: Floats, right: Floats) -> Floats:
     """Return ``left^T right``.
 
-    torch's, although numpy's of an array with itself takes half the operations: the threads of the
-    two libraries wait for each other busily, which cost a third of a whole calibration.
+    torch's and not numpy's: the threads of the two libraries wait for each other busily, which cost
+    a third of a whole calibration.
     """
     import torch
 
-    product: Floats = (torch.from_numpy(left).T @ torch.from_numpy(right)).numpy()
-    return (product + product.T) / 2 if left is right else product
+    a, b = torch.from_numpy(left), torch.from_numpy(right)
+    if left is not right:
+        other: Floats = (a.T @ b).numpy()
+        return other
+    cols = left.shape[1]
+    product = np.empty((cols, cols), dtype=np.float32)
+    for start in range(0, cols, _BLOCK):
+        # What is left of the diagonal was computed above it.
+        stop = min(start + _BLOCK, cols)
+        part = (a[:, start:stop].T @ a[:, start:]).numpy()
+        product[start:stop, start:] = part
+        product[start:, start:stop] = part.T
+    return product

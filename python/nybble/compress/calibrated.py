@@ -29,7 +29,6 @@ from nybble import _nybble
 from nybble.calibrate.layers import Layer, Walk
 from nybble.calibrate.stats import InputStats
 from nybble.calibrate.text import CalibrationSet
-from nybble.calibrate.trainable import Linear
 from nybble.compress.plan import Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.source import Source
@@ -38,6 +37,7 @@ from nybble.quant.base import Floats, IntWeights
 from nybble.quant.fold import pairs, rescale
 from nybble.quant.scale_tuning import ScaleTuning
 from nybble.quant.static import static_scale
+from nybble.quant.trainable import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -303,10 +303,8 @@ class CalibratedPass:
         output = None
         back = done.dequantize()
         if inputs is not None and inputs.gram.size:
-            gram = inputs.gram.astype(np.float32)
-            lost = values - back
-            size = float(np.vdot(values @ gram, values))
-            output = float(np.vdot(lost @ gram, lost)) / size if size > 0 else 0.0
+            size = inputs.energy(values)
+            output = inputs.energy(values - back) / size if size > 0 else 0.0
         weight[...] = back
         arrays[f"{item.name}.codes"] = done.codes
         arrays[f"{item.name}.scales"] = done.scales
@@ -326,7 +324,7 @@ class CalibratedPass:
         }
 
     def _tune(self, tuner: ScaleTuning, *, progress: bool) -> None:
-        """Tune scales and gains, or read what an earlier run has found."""
+        """Tune scales, zero points and gains, or read what an earlier run has found."""
         assert self.tuning_text is not None  # drawn for every recipe with a tuning
         facts = json.dumps([repr(tuner), self.tuning_text.digest])
         file = self.folder / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
@@ -374,6 +372,7 @@ class CalibratedPass:
             walks[0].torch, original, model, linears, gains, text.windows, progress=progress
         )
         arrays = {f"{name}.scales": scales for name, scales in found.scales.items()}
+        arrays |= {f"{name}.zeros": zeros for name, zeros in found.zeros.items()}
         arrays |= {f"{name}.float": gain for name, gain in found.gains.items()}
         return {**arrays, "divergences": np.array(found.divergences)}
 
@@ -445,7 +444,7 @@ class CalibratedPass:
             integers = IntWeights(
                 stored[f"{name}.codes"],
                 self._tuned.get(f"{name}.scales", scales),
-                stored[zeros] if zeros in stored.files else None,
+                self._tuned.get(zeros, stored[zeros] if zeros in stored.files else None),
                 facts["bits"],
                 facts["note"],
             )

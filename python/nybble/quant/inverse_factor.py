@@ -33,34 +33,22 @@ def inverse_factor(
     tuple
         ``U`` with ``(gram + lambda)^-1 = U^T U``, and the damping it took.
     """
+    import torch
+
     if order is not None:
         gram = gram[np.ix_(order, order)]
     mean = float(np.diagonal(gram).mean())
-    identity = np.eye(len(gram))
+    matrix = torch.from_numpy(np.ascontiguousarray(gram, dtype=np.float64))
+    identity = torch.eye(len(gram), dtype=torch.float64)
     while True:
         # H = R R^T with R upper, which is the lower factor of the matrix turned about; then
-        # H^-1 = R^-T R^-1, so that U = R^-1 without inverting H itself.
-        turned = (gram + damping * mean * identity)[::-1, ::-1]
-        try:
-            lower = np.linalg.cholesky(turned)
-        except np.linalg.LinAlgError:
-            damping = max(10 * damping, 1e-4)
-            continue
-        factor = _lower_inverse(lower)[::-1, ::-1].astype(np.float32)
-        if np.isfinite(factor).all() and (np.diagonal(factor) > 0).all():
-            return np.ascontiguousarray(np.triu(factor)), damping
+        # H^-1 = R^-T R^-1, so that U = R^-1 without inverting H itself. By torch, since numpy's
+        # threads would make those of the calibration wait (`nybble.calibrate.stats`).
+        turned = (matrix + damping * mean * identity).flip(0, 1)
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        if not failed:
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            factor: Floats = inverse.flip(0, 1).to(torch.float32).numpy()
+            if np.isfinite(factor).all() and (np.diagonal(factor) > 0).all():
+                return np.ascontiguousarray(np.triu(factor)), damping
         damping = max(10 * damping, 1e-4)
-
-
-def _lower_inverse(lower: Doubles) -> Doubles:
-    """Invert a lower triangular matrix by halves; numpy alone would not make use of the zeros."""
-    size = len(lower)
-    if size <= 64:
-        small: Doubles = np.linalg.inv(lower)
-        return small
-    half = size // 2
-    inverse = np.zeros_like(lower)
-    first = inverse[:half, :half] = _lower_inverse(lower[:half, :half])
-    last = inverse[half:, half:] = _lower_inverse(lower[half:, half:])
-    inverse[half:, :half] = -(last @ (lower[half:, :half] @ first))
-    return inverse

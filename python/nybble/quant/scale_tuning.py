@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from nybble.calibrate.trainable import Linear, descend, parameter, scaled, trainable
 from nybble.errors import FormatError
 from nybble.quant.base import Floats, within
+from nybble.quant.trainable import Linear, descend, parameter, scaled, shifted, trainable
 
 __all__ = ["ScaleTuning", "Tuned"]
 
@@ -28,6 +28,9 @@ class Tuned:
     ----------
     scales
         Scales by linear ``[rows, groups]``, exactly representable in float16.
+    zeros
+        Zero points ``[rows, groups]`` in codes, multiples of 1/16, by those linears whose zero
+        points may be fractions.
     gains
         Gains of norms by tensor.
     divergences
@@ -35,28 +38,30 @@ class Tuned:
     """
 
     scales: dict[str, Floats]
+    zeros: dict[str, Floats]
     gains: dict[str, Floats]
     divergences: list[float]
 
 
 @dataclass(frozen=True)
 class ScaleTuning:
-    """Scales and norm gains are trained until the predictions are the original's again.
+    """Scales, zero points and norm gains are trained towards the original's predictions.
 
     Paper: "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
     arXiv 2407.11062 (its second phase, end-to-end training of quantization parameters). That the
     original's predictions are the target is LLM-QAT's, arXiv 2305.17888; that norm gains are
     tuned as well is Norm Tweaking's, arXiv 2309.02784.
 
-    Formula, for the integers ``q`` and the zero points ``z`` that a method has chosen and that
-    stay as they are::
+    Formula, for the integers ``q`` that a method has chosen and that stay as they are::
 
-        w = s (1 + t) (q - z),   gain = g (1 + u),   minimise over t, u:  KL(p_original || p)
+        w = s (1 + t) (q - z - d),   gain = g (1 + u),   minimise over t, d, u:  KL(p_original || p)
+
+    with ``d`` only where zero points may be sixteenths of a code.
 
     Rounding of activations is done as while running, and taken for the identity by the gradient.
 
-    Defaults: a pass over 32768 tokens, Adam at a rate of 0.001 that rises over the first tenth of
-    the steps and falls to nothing by a cosine.
+    Defaults: a pass over 32768 tokens, Adam at rates that rise over the first tenth of the steps
+    and fall to nothing by a cosine.
 
     What differs: relative changes ``t`` and ``u`` in the place of the scales themselves, so that
     one rate does for all; a thousandth of the paper's tokens. The whole model is in memory twice in
@@ -71,16 +76,20 @@ class ScaleTuning:
         Tokens a window; each is a step.
     rate
         Greatest relative change of a scale in a step.
+    zero_rate
+        Greatest move of a zero point in a step, in codes; 0 leaves them where they are.
     """
 
     tokens: int = 32768
     context: int = 512
-    rate: float = 1e-3
+    rate: float = 1.5e-3
+    zero_rate: float = 5e-3
 
     def __post_init__(self) -> None:
         within("scales: tokens", self.tokens, 1, 1 << 30, int)
         within("scales: context", self.context, 2, 1 << 20, int)
         within("scales: rate", self.rate, 0, 1)
+        within("scales: zero_rate", self.zero_rate, 0, 1)
 
     def fit(
         self,
@@ -122,15 +131,21 @@ class ScaleTuning:
             module.bias = getattr(parent, leaf).bias
             setattr(parent, leaf, module)
         changes = {name: module.change for name, module in modules.items()}
+        shifts = {
+            name: module.shift for name, module in modules.items() if module.shift is not None
+        }
         hooks = [scaled(torch, model, name, changes) for name in gains]
-        optimizer = torch.optim.Adam(changes.values(), lr=self.rate, betas=(0.9, 0.95))
+        groups = [{"params": list(changes.values()), "most": self.rate}]
+        if shifts:
+            groups.append({"params": list(shifts.values()), "most": self.zero_rate})
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         divergences: list[float] = []
         with tqdm(
             total=len(windows), desc="tune", unit="step", disable=not progress, dynamic_ncols=True
         ) as bar:
             for step, window in enumerate(windows):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate * _share(step, len(windows))
+                    group["lr"] = group["most"] * _share(step, len(windows))
                 ids = torch.from_numpy(window)[None]
                 divergences.append(descend(torch, original, model, ids))
                 if not math.isfinite(divergences[-1]):
@@ -147,8 +162,13 @@ class ScaleTuning:
         for name, linear in linears.items():
             tuned = np.clip(linear.integers.scales * factors[name], 0, _SCALE_MAX)
             scales[name] = tuned.astype(np.float16).astype(np.float32)
+        zeros = {
+            name: shifted(torch.from_numpy(linears[name].integers.zeros), shift.detach()).numpy()
+            for name, shift in shifts.items()
+        }
         return Tuned(
             scales,
+            zeros,
             {name: parameter(model, name).detach().numpy() * factors[name] for name in gains},
             divergences,
         )

@@ -433,18 +433,19 @@ class LanguageModel:
             if known := times.read(self.info):
                 with contextlib.suppress(ArgumentError):
                     made.set_times(known)
+                    self._kept_times = known
             self._speculators[drafts] = made
-            self._kept_times |= made.times() is not None
         return self._speculators[drafts]
 
-    _kept_times = False
+    _kept_times: list[tuple[int, float]] | None = None
 
     def _keep_times(self, speculator: _nybble.Speculator) -> None:
-        """Keep for later processes what was measured in this one."""
+        """Keep for later processes what was measured in this one, and what has turned out since."""
         from nybble.speculate import times
 
-        if not self._kept_times and (found := speculator.times()) is not None:
-            self._kept_times = True
+        found = speculator.times()
+        if found is not None and times.differ(self._kept_times, found):
+            self._kept_times = found
             times.write(self.info, found)
 
     def save_drafts(self, path: str | os.PathLike[str], draft: _Draft = None) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["path", "read", "store", "stored", "write"]
+__all__ = ["differ", "path", "read", "store", "stored", "write"]
 
 _MAX_BYTES = 1 << 16
+_NOTABLE = 0.05
 
 
 def _folder() -> Path:
@@ -59,6 +60,22 @@ def read(info: Mapping[str, Any]) -> list[tuple[int, float]] | None:
         return [(int(rows), float(seconds)) for rows, seconds in points]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def differ(kept: list[tuple[int, float]] | None, found: list[tuple[int, float]]) -> bool:
+    """Tell whether what is kept should be replaced: other rows, or other costs beside one row's.
+
+    Parameters
+    ----------
+    kept, found
+        Rows and seconds; `kept` is ``None`` where nothing is.
+    """
+    if kept is None or [rows for rows, _ in kept] != [rows for rows, _ in found]:
+        return True
+    return any(
+        abs(now / found[0][1] - before / kept[0][1]) > _NOTABLE * before / kept[0][1]
+        for (_, before), (_, now) in zip(kept, found, strict=True)
+    )
 
 
 def write(info: Mapping[str, Any], times: list[tuple[int, float]]) -> None:

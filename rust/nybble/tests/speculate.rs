@@ -6,8 +6,8 @@ use nybble::decode::{FinishReason, Generation, GenerationMetrics, Request, Rng, 
 use nybble::kernels::attention::KvType;
 use nybble::model::{LoadOptions, Logits, Model, Session};
 use nybble::speculate::{
-    Datastore, Draft, DraftTree, Settings, Size, Source, Speculation, Speculator, Statistics, Step, Text,
-    Times, statistics,
+    Datastore, Draft, DraftTree, Matrix, Settings, Size, Source, Speculation, Speculator, Statistics, Step,
+    Text, Times, statistics,
 };
 use nybble::{Error, Result};
 use proptest::prelude::*;
@@ -216,6 +216,43 @@ fn every_drafter_gives_the_plain_tokens() {
 }
 
 #[test]
+fn texts_in_several_threads_share_what_is_learned() {
+    const THREADS: u32 = 6;
+    let folder = folder(true);
+    let model = open(&folder, 2, KvType::F16);
+    let every = [Source::Recycle, Source::Pairs, Source::Suffix, Source::Ngram];
+    let speculator = Speculator::new(&model, Settings { nodes: Some(12), ..settings(&every) }).expect("good");
+    let file = folder.path().join("matrix");
+    let requests = |thread: u32| {
+        (0..8).map(move |text| Request {
+            prompt: vec![(7 * thread + text) % VOCAB as u32, 3],
+            max_new: 40,
+            ..Request::default()
+        })
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (model, speculator, file) = (&model, &speculator, &file);
+            scope.spawn(move || {
+                for request in requests(thread) {
+                    let mut speculation = speculator.speculation(model).expect("good");
+                    let (found, _) = speculating(model, &request, &mut speculation, &never);
+                    assert_eq!(found, plainly(model, &request));
+                    // Whatever the others do meanwhile, what is written is whole, and what is forgotten harmless.
+                    let own = file.with_extension(thread.to_string());
+                    speculator.save_matrix(&own).expect("room");
+                    assert_eq!(Matrix::load(&own, VOCAB).expect("whole").k(), 8);
+                    if thread == 0 {
+                        speculator.forget();
+                    }
+                }
+            });
+        }
+    });
+    assert!(speculator.ranks(0).iter().all(|share| (0.0..=1.0).contains(share)));
+}
+
+#[test]
 fn the_end_of_the_context_is_met_exactly() {
     let folder = folder(false);
     let options = LoadOptions { threads: Some(1), context: Some(40), ..LoadOptions::default() };
@@ -387,9 +424,9 @@ fn what_does_not_fit_the_model_is_refused() {
     let message = |settings: Settings| Speculator::new(&model, settings).expect_err("refused").to_string();
     assert!(message(Settings { k: 0, ..Settings::default() }).contains("1 to 64"));
     let file = folder.path().join("matrix");
-    nybble::speculate::Matrix::new(VOCAB + 1, 8).expect("good").save(&file).expect("room");
+    Matrix::new(VOCAB + 1, 8).expect("good").save(&file).expect("room");
     assert!(message(Settings { matrix: Some(file.clone()), ..Settings::default() }).contains("67 tokens"));
-    nybble::speculate::Matrix::new(VOCAB, 4).expect("good").save(&file).expect("room");
+    Matrix::new(VOCAB, 4).expect("good").save(&file).expect("room");
     assert!(message(Settings { matrix: Some(file), ..Settings::default() }).contains("8 candidates"));
     let narrow = Settings::read(r#"{"sources": ["recycle"], "k": 2, "template": "paper"}"#).expect("good");
     assert!(message(narrow).contains("at most 2 children"));

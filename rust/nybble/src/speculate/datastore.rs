@@ -68,7 +68,12 @@ impl Datastore {
 
     /// Opens a file that [`Datastore::build`] wrote for a vocabulary of that size.
     pub fn open(path: &Path, vocab: usize) -> Result<Self> {
-        let file = MappedFile::open(path, Access::Map)?;
+        Self::from_file(MappedFile::open(path, Access::Map)?, vocab)
+    }
+
+    /// The same from a file that is open.
+    pub fn from_file(file: MappedFile, vocab: usize) -> Result<Self> {
+        let path = file.path();
         let ([found, len], start) = file::check(path, &KIND, file.bytes())?;
         if found != vocab as u64 {
             let expected = format!("{vocab} tokens, as the model has");
@@ -83,7 +88,7 @@ impl Datastore {
             if store.token(place) as usize >= vocab || store.place(place) >= store.len {
                 let found = format!("{} and {}", store.token(place), store.place(place));
                 return Err(Error::format(
-                    path,
+                    store.file.path(),
                     format!("entry {place}"),
                     "a token and a place in it",
                     found,

@@ -98,7 +98,8 @@ pub(super) fn check<const N: usize>(path: &Path, kind: &Kind, bytes: &[u8]) -> R
         return bad("size", format!("{N} numbers and whole words"), found);
     }
     let number = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-    if checksum(&[&bytes[..16], &bytes[FIXED..]]) != number(16) {
+    // A fuzzer would never get behind it.
+    if !cfg!(fuzzing) && checksum(&[&bytes[..16], &bytes[FIXED..]]) != number(16) {
         return bad(
             "checksum",
             "the one of its bytes".into(),

@@ -116,8 +116,12 @@ impl Matrix {
 
     /// Reads a file that [`Matrix::save`] wrote for a vocabulary of that size.
     pub fn load(path: &Path, vocab: usize) -> Result<Self> {
-        let bytes = file::read(path, 1 << 32)?;
-        let ([found, k], start) = file::check(path, &KIND, &bytes)?;
+        Self::from_bytes(path, &file::read(path, 1 << 32)?, vocab)
+    }
+
+    /// The same from the bytes of such a file; `path` is for messages.
+    pub fn from_bytes(path: &Path, bytes: &[u8], vocab: usize) -> Result<Self> {
+        let ([found, k], start) = file::check(path, &KIND, bytes)?;
         if found != vocab as u64 {
             let expected = format!("{vocab} tokens, as the model has");
             return Err(Error::format(path, "vocabulary", expected, found.to_string()));

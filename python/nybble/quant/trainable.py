@@ -1,8 +1,9 @@
 """Linears of integers, and gains, that can be trained: what tunings are made of.
 
-The integers stay; what is trained is a relative change of each scale, and of each gain. A product's
-gradient is that of the floats the integers stand for. Rounding of activations is done as the run
-time does it, and its gradient is taken for the identity's.
+The integers stay; what is trained is a relative change of each scale and of each gain, and a shift
+of each zero point that need not be whole. A product's gradient is that of the floats the integers
+stand for. Rounding, of zero points to sixteenths and of activations as the run time does it, has
+the gradient of the identity.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nybble.quant.base import IntWeights, Scheme
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Linear", "descend", "parameter", "scaled", "trainable"]
+__all__ = ["Linear", "descend", "parameter", "scaled", "shifted", "trainable"]
 
 _ROWS = 128  # tokens whose predictions are in memory at a time
 
@@ -67,6 +68,11 @@ def scaled(torch: Any, model: Any, name: str, changes: dict[str, Any]) -> Callab
     return after
 
 
+def shifted(zeros: Any, shift: Any) -> Any:
+    """Return zero points of 4-bit codes, moved and rounded to what the files can hold."""
+    return ((zeros + shift) * 16).round().clamp(0, 255) / 16
+
+
 def trainable(torch: Any, linear: Linear) -> Any:
     """Return a module that computes with integers as the run time does, up to float rounding."""
     integers, scheme = linear.integers, linear.scheme
@@ -76,9 +82,9 @@ def trainable(torch: Any, linear: Linear) -> Any:
     middle = np.full((rows, groups), 2.0 ** (integers.bits - 1), dtype=np.float32)
     zeros = torch.from_numpy(middle if integers.zeros is None else integers.zeros)
 
-    def centred() -> Any:
+    def centred(shift: Any) -> Any:
         values = codes.reshape(rows, groups, -1).to(torch.float32)
-        values -= zeros[:, :, None]
+        values -= (zeros if shift is None else shifted(zeros, shift))[:, :, None]
         return values
 
     def rounded(x: Any) -> Any:
@@ -98,20 +104,22 @@ def trainable(torch: Any, linear: Linear) -> Any:
         """Keeps the inputs alone: weights are made of the integers again on the way back."""
 
         @staticmethod
-        def forward(ctx: Any, x: Any, change: Any) -> Any:
+        def forward(ctx: Any, x: Any, change: Any, shift: Any) -> Any:
             x = rounded(x)
-            ctx.save_for_backward(x, change)
-            weight = centred().mul_((scales * (1 + change))[:, :, None]).reshape(rows, -1)
+            ctx.save_for_backward(x, change, shift)
+            weight = centred(shift).mul_((scales * (1 + change))[:, :, None]).reshape(rows, -1)
             return x @ weight.T
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            x, change = ctx.saved_tensors
+            x, change, shift = ctx.saved_tensors
             of_weight = gradient.reshape(-1, rows).T @ x.reshape(-1, x.shape[-1])
-            values = centred()
-            of_change = (of_weight.reshape(rows, groups, -1) * values).sum(dim=-1) * scales
-            weight = values.mul_((scales * (1 + change))[:, :, None]).reshape(rows, -1)
-            return gradient @ weight, of_change
+            of_weight = of_weight.reshape(rows, groups, -1)
+            values, steps = centred(shift), scales * (1 + change)
+            of_change = (of_weight * values).sum(dim=-1) * scales
+            of_shift = None if shift is None else -of_weight.sum(dim=-1) * steps
+            weight = values.mul_(steps[:, :, None]).reshape(rows, -1)
+            return gradient @ weight, of_change, of_shift
 
     class Module(torch.nn.Module):  # type: ignore[misc]
         """A linear of integers."""
@@ -120,9 +128,11 @@ def trainable(torch: Any, linear: Linear) -> Any:
             super().__init__()
             self.bias = None
             self.change = torch.zeros_like(scales).requires_grad_()
+            fractions = scheme.zeros == "sixteenths"
+            self.shift = torch.zeros_like(scales).requires_grad_() if fractions else None
 
         def forward(self, x: Any) -> Any:
-            product = Product.apply(x, self.change)
+            product = Product.apply(x, self.change, self.shift)
             return product if self.bias is None else product + self.bias
 
     return Module()
