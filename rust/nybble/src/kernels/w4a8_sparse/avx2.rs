@@ -1,9 +1,9 @@
 //! `w4a8_sparse/avx2`: `vpmaddubsw`, 32 products an instruction.
 //!
-//! *Rows.* 32 bytes of a row are two runs of 32 columns; each is multiplied by 32 activations as they lie. Sums have to be
-//! added across lanes at the end of each group: eight groups at a time, by a tree of shuffles in 16 bits, since a lane holds
-//! at most `2 * 15 * 127 = 3810` and four of them together 15240. With groups of 32 that tree, the scales and the chain of
-//! fused multiply-adds take twice as long as the products; wider groups are added up in their lanes first.
+//! *Rows.* 32 bytes of a row are two runs of 32 columns; each is multiplied by 32 activations as they lie. At the end of a
+//! group the sums of eight neurons are added across lanes together, by a tree of shuffles in 16 bits (a lane holds at most
+//! `2 * 15 * 127 = 3810`, and four of them together 15240), after which each neuron has a lane. One neuron at a time with
+//! eight of its groups in the tree was tried and took 1.7 times as long: its fused multiply-adds wait for one another.
 //!
 //! *Columns.* Two neurons' bytes are interleaved, so that one instruction multiplies both by their activations and adds, for
 //! 16 outputs; sixteen neurons are added up in 16 bits (`8 * 3810 = 30480`) before they are widened.

@@ -6,8 +6,8 @@
 //! skipped or multiplied by zero is thus a question of time alone, and may be answered anew for every token.
 //!
 //! A group of `down` spans neighbouring neurons, of which any may be active: the sum in 32 bits runs over those that are, and
-//! a scale is applied once for each group and output that has any. Wide groups make that cheap; with groups of 32 and three
-//! neurons in ten, scales take as long as products.
+//! a scale is applied once for each group and output that has any. Wide groups make that cheap; with groups of 32 scales are
+//! a good part of the work.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
