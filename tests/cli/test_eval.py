@@ -280,3 +280,21 @@ def test_short_names(tmp_path):
     assert short_names(paths[1:]) == ["model", "other"]
     assert short_names(paths) == ["a/model", "b/model", "b/other"]
     assert short_names([paths[0], paths[0]]) == ["model", "model"]
+
+
+def test_the_sparsity_that_costs_so_much(run, run_json, tiny_folder, text):
+    options = ("eval", tiny_folder, "--text", text, "-c", 32, "--max-tokens", 200, "-q")
+    value = run_json(*options, "--ppl-sparsity", 3, "--sparsity-method", "cats")
+    assert value["method"] == "cats"
+    assert value["perplexity"] <= 1.03 * value["dense_perplexity"]
+    assert len(value["tried"]) == 7
+    shown = run(*options, "--ppl-sparsity", 3).out
+    assert "PPL-3% sparsity" in shown
+    assert "by chess" in shown
+    for wrong, words in [
+        (("--sparsity-method", "chss"), "did you mean chess"),
+        (("--task", "piqa"), "--ppl-sparsity"),
+    ]:
+        outcome = run(*options, "--ppl-sparsity", 1, *wrong)
+        assert outcome.code != 0
+        assert words in outcome.err

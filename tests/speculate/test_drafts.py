@@ -174,7 +174,7 @@ def test_what_a_pass_costs_is_kept(tiny_folder):
     second._keep_times(speculator)
     assert times.read(second.info) == [(1, 1.0), (2, 1.5)]
     for damaged in ("", "{}", '{"rows": [[2, 1.0]]}', '{"rows": 3}'):
-        times._path(first.info).write_text(damaged)
+        times.path(first.info).write_text(damaged)
         third = nybble.load(tiny_folder, threads=1)
         assert third.generate(PROMPT, 40, ignore_end=True).metrics["draft"]["measure_seconds"] > 0
     with pytest.raises(ArgumentError, match="ascending"):

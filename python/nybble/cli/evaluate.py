@@ -111,6 +111,34 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    ppl_sparsity: Annotated[
+        float | None,
+        typer.Option(
+            "--ppl-sparsity",
+            metavar="PERCENT",
+            min=0.001,
+            max=1000.0,
+            help="Find the activation sparsity that raises the perplexity on --text by so much.",
+            show_default=False,
+        ),
+    ] = None,
+    sparsity_method: Annotated[
+        str,
+        typer.Option(
+            "--sparsity-method",
+            metavar="NAME",
+            help="With --ppl-sparsity, how thresholds are found: cats, chess or teal.",
+        ),
+    ] = "chess",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="With --ppl-sparsity, the text they are found on; without it that of --text.",
+            show_default=False,
+        ),
+    ] = None,
     threads: options.Threads = None,
     kv: options.Kv = None,
     prune_tokens: options.PruneTokens = None,
@@ -155,6 +183,24 @@ def evaluate(
             raise typer.BadParameter(msg, param_hint="--text")
         if not quiet:
             output.note(f"text: {text}")
+    if ppl_sparsity is not None:
+        if compare or tasks or text is None:
+            msg = "measures one model on one --text, without --compare and --task."
+            raise typer.BadParameter(msg, param_hint="--ppl-sparsity")
+        _sparsity(
+            models[0],
+            text,
+            ppl_sparsity,
+            sparsity_method,
+            calibration,
+            context=context,
+            max_tokens=max_tokens,
+            threads=threads,
+            kv=kv,
+            quiet=quiet,
+            as_json=as_json,
+        )
+        return
     if plot is not None:
         check(plot)  # rather now than after all has been measured
     chosen = [find(name) for name in dict.fromkeys(tasks or [])]
@@ -192,6 +238,56 @@ def evaluate(
         draw(found, plot, "", "\n".join(_remarks(found, text, against)))
         if not quiet:
             output.note(f"plot: {plot}")
+
+
+def _sparsity(
+    name: str,
+    text: Path,
+    percent: float,
+    method: str,
+    calibration: Path | None,
+    *,
+    context: int,
+    max_tokens: int | None,
+    threads: int | None,
+    kv: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Search the sparsity that costs so much perplexity, and show it."""
+    from nybble.calibrate.text import draw
+    from nybble.cli import output
+    from nybble.eval import ppl_sparsity
+    from nybble.runtime import load
+    from nybble.sparsity import make
+
+    chosen = make({"name": method})
+    path = options.open_path(name)
+    model = load(path, threads, kv=kv, draft="off")
+    size = min(512, model.context)
+    shown = draw([calibration or text], model.tokenizer, tokens=16384, context=size, seed=0)
+    with output.token_bar("search", on=not quiet, unit="step") as bar:
+        found = ppl_sparsity(
+            model,
+            text,
+            shown.windows,
+            percent,
+            method=chosen,
+            context=context,
+            max_tokens=max_tokens,
+            on_step=lambda done, total, value: bar.update(done, total, f"perplexity {value:.3f}"),
+        )
+    if as_json:
+        output.emit_json({"model": str(path), "text": str(text), **found.to_json()})
+        return
+    rise = 100 * (found.perplexity / found.dense_perplexity - 1)
+    rows = [
+        (f"PPL-{percent:g}% sparsity", f"{100 * found.sparsity:.1f} % by {found.method}"),
+        ("perplexity", f"{found.perplexity:.3f}, {rise:+.2f} %"),
+        ("without", f"{found.dense_perplexity:.3f}"),
+        ("tokens", output.count(found.tokens)),
+    ]
+    output.show(output.pairs("", rows))
 
 
 def _known_text() -> Path | None:

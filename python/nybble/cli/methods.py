@@ -74,17 +74,20 @@ def _recipes() -> list[dict[str, str]]:
 
 def _needs(cls: type[Any], kind: str) -> list[str]:
     """Name what it takes besides the weights; a fold looks at activations, if only their ranges."""
+    if kind == "activation sparsity":
+        return ["calibration text"]
     calibrated = kind in ("fold", "tuning") or (kind == "quantization" and cls().needs)
     return ["calibration text", "torch"] if calibrated else []
 
 
 def _known() -> list[tuple[str, str, type[Any]]]:
-    from nybble import quant, tokens
+    from nybble import quant, sparsity, tokens
 
     families = (
         ("quantization", quant.METHODS),
         ("fold", quant.FOLDS),
         ("tuning", quant.TUNINGS),
+        ("activation sparsity", sparsity.METHODS),
         ("token reduction", tokens.METHODS),
     )
     return [(kind, name, cls) for kind, known in families for name, cls in known.items()]

@@ -36,7 +36,8 @@ from nybble.compress.source import Source
 from nybble.errors import ArgumentError, ConfigError, FormatError
 from nybble.formats.packing import pack, pack_zeros, rows_per_word, words
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
-from nybble.runtime.tokenizer import from_folder, from_gguf
+from nybble.runtime.tokenizer import Tokenizer, from_folder, from_gguf
+from nybble.sparsity import SparsityMethod, observe, write
 
 __all__ = ["SECTION_VERSION", "SHARD", "run"]
 
@@ -98,9 +99,11 @@ def run(
         parameters=sum(item.weights for item in work.items),
         size_after=sum(item.size for item in work.items),
     )
-    passed = None
+    passed = shown = None
     if calibration:
-        passed = _calibrated(checkpoint, work, recipe, calibration, out, threads, report)
+        shown = _text(checkpoint, recipe, calibration, report)
+        if recipe.needs_layers():
+            passed = _calibrated(checkpoint, work, recipe, calibration, shown, out, threads, report)
     weight_files = files.weight_files(source)
     report.size_before = sum(f.stat().st_size for f in weight_files if f.suffix != ".json")
     with (
@@ -129,9 +132,13 @@ def run(
             files.copy_companions(source, folder)
         files.write_text(folder / "recipe.yaml", recipe.to_yaml())
         report.source_files = {name: future.result() for name, future in hashes.items()}
+        config = _config(checkpoint.config, work, recipe)
+        if shown is not None and (method := recipe.sparsifier()) is not None:
+            dense = {**config, "nybble": {**config["nybble"], "run": {}}}
+            files.write_text(folder / "config.json", json.dumps(dense, indent=2) + "\n")
+            report.notes.append(_sparsify(folder, method, shown, threads))
         report.seconds = time.perf_counter() - began
         files.write_text(folder / "report.json", report.to_text())
-        config = _config(checkpoint.config, work, recipe)
         files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         _check(folder, work, max((f.stat().st_size for f in weight_files), default=0), threads)
         staged.commit()
@@ -150,35 +157,68 @@ def _check_calibration(recipe: Recipe, calibration: Sequence[Path]) -> None:
         raise ArgumentError(message)
 
 
+def _tokenizer(source: Source) -> Tokenizer:
+    if source.kind == "gguf":
+        return from_gguf(source.gguf_metadata(), str(source.path))
+    return from_folder(source.path)
+
+
+def _context(source: Source, wanted: int) -> int:
+    limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    return min(wanted, limit) if isinstance(limit, int) else wanted
+
+
+def _text(
+    source: Source, recipe: Recipe, calibration: Sequence[Path], report: Report
+) -> CalibrationSet:
+    """Draw the text that is looked at."""
+    wanted = recipe.calibration
+    text = draw(
+        calibration,
+        _tokenizer(source),
+        tokens=wanted.tokens,
+        context=_context(source, wanted.context),
+        seed=wanted.seed,
+    )
+    _note_shortage(report, "calibration", wanted.tokens, text)
+    report.calibration = text.to_json()
+    return text
+
+
 def _calibrated(
     source: Source,
     work: Plan,
     recipe: Recipe,
     calibration: Sequence[Path],
+    text: CalibrationSet,
     out: Path,
     threads: int | None,
     report: Report,
 ) -> CalibratedPass:
-    """Draw the text; the pass over it is still to be run."""
-    if source.kind == "gguf":
-        tokenizer = from_gguf(source.gguf_metadata(), str(source.path))
-    else:
-        tokenizer = from_folder(source.path)
-    wanted = recipe.calibration
-    limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
-    context = min(wanted.context, limit) if isinstance(limit, int) else wanted.context
-    text = draw(calibration, tokenizer, tokens=wanted.tokens, context=context, seed=wanted.seed)
-    _note_shortage(report, "calibration", wanted.tokens, text)
-    report.calibration = text.to_json()
+    """Draw what else is looked at; the pass over it is still to be run."""
     shown = None
     if (tuner := recipe.tuner()) is not None:
-        size = min(tuner.context, limit) if isinstance(limit, int) else tuner.context
         shown = draw(
-            calibration, tokenizer, tokens=tuner.tokens, context=size, seed=wanted.seed + 1
+            calibration,
+            _tokenizer(source),
+            tokens=tuner.tokens,
+            context=_context(source, tuner.context),
+            seed=recipe.calibration.seed + 1,
         )
         _note_shortage(report, "tuning", tuner.tokens, shown)
-        report.calibration["tuning"] = shown.to_json()
+        report.calibration = {**(report.calibration or {}), "tuning": shown.to_json()}
     return CalibratedPass(source, work, recipe, text, out, threads, shown)
+
+
+def _sparsify(
+    folder: Path, method: SparsityMethod, text: CalibrationSet, threads: int | None
+) -> str:
+    """Find thresholds for the weights just written, and write them beside; return a remark."""
+    model = _nybble.Model.open(str(folder), threads)
+    thresholds = [method.fit(seen) for seen in observe(model, text.windows)]
+    write(folder, thresholds)
+    skipped = 1 - float(np.mean([layer.active for layer in thresholds]))
+    return f"sparsity: {100 * skipped:.1f} % of the neurons are 0 on the calibration text"
 
 
 def _note_shortage(report: Report, what: str, wanted: int, text: CalibrationSet) -> None:

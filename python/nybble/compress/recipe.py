@@ -13,6 +13,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     floats: auto
     softmax: exact
     tokens: {name: agile_quant, beta: 0.2}
+    sparsity: {name: chess, sparsity: 0.5}
 
 Every key may be left out. Options given beside a recipe take the place of what it says. A key that
 is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
@@ -36,6 +37,10 @@ Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here
 :class:`nybble.tokens.TokenPolicy`, or the name and the settings of a method in
 :data:`nybble.tokens.METHODS`. It changes no weight.
 
+``sparsity`` names a method in :data:`nybble.sparsity.METHODS`, with its settings: which values
+count as 0 when the model runs. Thresholds are found on the calibration text, with the weights as
+they are written, and stored beside them.
+
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
 
@@ -56,6 +61,7 @@ from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
 from nybble.registry import Registry, unknown
 from nybble.runtime.files import read_text
+from nybble.sparsity import SparsityMethod, make
 from nybble.tokens import settings
 
 __all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
@@ -235,8 +241,10 @@ class Recipe:
     floats: str = "auto"
     softmax: str = "exact"
     tokens: Mapping[str, Any] | None = None
+    sparsity: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self.sparsifier()
         if self.tokens is not None:
             object.__setattr__(self, "tokens", _tokens(self.tokens))
         _check("floats", self.floats, ("auto", "bf16", "f16"))
@@ -276,8 +284,26 @@ class Recipe:
         tuner: ScaleTuning = _method(TUNINGS, self.tuning, "tuning")
         return tuner
 
+    def sparsifier(self) -> SparsityMethod | None:
+        """Return the method that finds thresholds, made with its settings; ``None`` without one."""
+        given: object = self.sparsity
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            message = f"recipe: sparsity: expected a mapping, found {given!r:.60}"
+            raise ConfigError(message)
+        try:
+            return make(given)
+        except ArgumentError as error:
+            message = f"recipe: {error}"
+            raise ConfigError(message) from None
+
     def needs_calibration(self) -> str:
         """Return which key needs calibration text; an empty text if none does."""
+        return self.needs_layers() or ("" if self.sparsity is None else "sparsity")
+
+    def needs_layers(self) -> str:
+        """Return which key needs a pass over the layers before rounding; empty if none does."""
         if self.folds:
             return "folds"
         if self.tuning is not None:
@@ -328,6 +354,8 @@ class Recipe:
             settings["softmax"] = self.softmax
         if self.tokens is not None:
             settings["tokens"] = dict(self.tokens)
+        if self.sparsity is not None:
+            settings["sparsity"] = dict(self.sparsity)
         return settings
 
     def with_options(
@@ -364,6 +392,8 @@ class Recipe:
         values["ignore"] = list(self.ignore)
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         values["activations"]["roles"] = dict(self.activations.roles)
+        if self.sparsity is not None:
+            values["sparsity"] = dict(self.sparsity)
         if isinstance(self.tuning, Mapping):
             values["tuning"] = dict(self.tuning)
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)

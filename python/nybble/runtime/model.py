@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nybble import _nybble
     from nybble.runtime.tokenizer import Tokenizer
+    from nybble.sparsity import Thresholds
     from nybble.speculate import Drafts
     from nybble.tokens import TokenMethod, TokenPolicy
 
@@ -47,9 +48,17 @@ class LanguageModel:
         The folder or file it came from.
     draft
         How it speculates, as for :func:`load`.
+    sparsity
+        What it takes for zero, as for :func:`load`.
     """
 
-    def __init__(self, raw: _nybble.Model, path: Path, draft: _Draft = "off") -> None:
+    def __init__(
+        self,
+        raw: _nybble.Model,
+        path: Path,
+        draft: _Draft = "off",
+        sparsity: Sequence[Thresholds] | str | None = None,
+    ) -> None:
         self.raw = raw
         self._draft = draft
         self._speculators: dict[Drafts, _nybble.Speculator | None] = {}
@@ -57,6 +66,7 @@ class LanguageModel:
         self.info: dict[str, Any] = json.loads(raw.info())
         self.vocab_size = int(self.info["vocab"])
         self.context = int(self.info["context"])
+        self.sparsify(sparsity)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -101,7 +111,34 @@ class LanguageModel:
         tokens
             How prompts in it are reduced, if not as the model says; as for :func:`load`.
         """
-        return Session(self.raw.session(_tokens(tokens)), self.vocab_size)
+        raw = self.raw.session(_tokens(tokens), self._sparsity, self._sparsity is None)
+        return Session(raw, self.vocab_size)
+
+    def sparsify(self, sparsity: Sequence[Thresholds] | str | None, *, probe: bool = True) -> None:
+        """Take other values for zero, in sessions made from now on.
+
+        Parameters
+        ----------
+        sparsity
+            As for :func:`load`.
+        probe
+            Whether to find out where skipping them saves time; without it none are skipped, with
+            the same results.
+        """
+        from nybble import _nybble
+        from nybble.sparsity import runtime
+
+        if sparsity is None:
+            self._sparsity = self.raw.sparsity()
+        elif sparsity == "off":
+            self._sparsity = None
+        elif isinstance(sparsity, str):
+            message = f"sparsity: expected thresholds or 'off', found {sparsity!r:.60}"
+            raise ArgumentError(message)
+        else:
+            self._sparsity = _nybble.Sparsity(self.raw, [layer.raw() for layer in sparsity])
+        if probe and self._sparsity is not None:
+            runtime.probe(self.raw, self.info, self._sparsity)
 
     def forward(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return the logits after each of `ids`, an array of shape ``[n, vocab]``.
@@ -115,7 +152,7 @@ class LanguageModel:
         if array.size == 0:
             message = "ids: expected at least one token, found none"
             raise ArgumentError(message)
-        return self.raw.session().forward(array, "all")
+        return self.session().raw.forward(array, "all")
 
     __call__ = forward
 
@@ -464,6 +501,7 @@ def load(
     mmap: bool = True,
     tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None = None,
     draft: _Draft = "auto",
+    sparsity: Sequence[Thresholds] | str | None = None,
 ) -> LanguageModel:
     """Load a model.
 
@@ -489,6 +527,9 @@ def load(
         How to speculate; it changes the speed, never the tokens. ``"auto"`` where and as far as it
         pays by measured times, ``"off"`` never; sources (``"recycle,ngram"``), a mapping, or
         :class:`nybble.speculate.Drafts` choose how.
+    sparsity
+        What is taken for zero: for each layer a :class:`nybble.sparsity.Thresholds`. By default
+        what the folder says; ``"off"`` for nothing.
 
     Raises
     ------
@@ -506,7 +547,7 @@ def load(
     from nybble.speculate import parse
 
     parse(draft)  # what it names is opened when it is needed; what means nothing fails here
-    return LanguageModel(raw, place, draft)
+    return LanguageModel(raw, place, draft, sparsity)
 
 
 from_pretrained = load

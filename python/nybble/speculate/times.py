@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["differ", "read", "write"]
+__all__ = ["differ", "path", "read", "store", "stored", "write"]
 
 _MAX_BYTES = 1 << 16
 _NOTABLE = 0.05
@@ -27,14 +27,23 @@ def _folder() -> Path:
     return cache_dir() / "times"
 
 
-def _path(info: Mapping[str, Any]) -> Path:
-    """Return the file of a model's shape: all that its speed depends on, and nothing else."""
+def path(info: Mapping[str, Any], kind: str = "rows") -> Path:
+    """Return the file of a model's shape: all that its speed depends on, and nothing else.
+
+    Parameters
+    ----------
+    info
+        What the model says of itself.
+    kind
+        What is measured.
+    """
     from nybble import __version__
     from nybble.bench.machine import cpu_name
 
     names = ("layers", "hidden", "heads", "kv_heads", "vocab", "parameters", "weight_bytes")
     shape = {name: info[name] for name in (*names, "kv_type", "kernels", "threads")}
-    key = json.dumps([__version__, cpu_name(), shape], sort_keys=True)
+    named = [] if kind == "rows" else [kind]
+    key = json.dumps([__version__, cpu_name(), shape, *named], sort_keys=True)
     return _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
@@ -47,10 +56,7 @@ def read(info: Mapping[str, Any]) -> list[tuple[int, float]] | None:
         What the model says of itself.
     """
     try:
-        path = _path(info)
-        if path.stat().st_size > _MAX_BYTES:
-            return None
-        points = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        points = stored(path(info))["rows"]
         return [(int(rows), float(seconds)) for rows, seconds in points]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -82,14 +88,31 @@ def write(info: Mapping[str, Any], times: list[tuple[int, float]]) -> None:
     times
         Rows computed together, and seconds.
     """
+    store(path(info), {"rows": times})
+
+
+def stored(file: Path) -> Any:
+    """Return what a file of times holds.
+
+    Raises
+    ------
+    OSError, ValueError
+        When it cannot be read.
+    """
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def store(file: Path, times: object) -> None:
+    """Write a file of times, if the cache folder can be written."""
     with contextlib.suppress(OSError):
-        path = _path(info)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"rows": times}, file)
-            Path(name).replace(path)
+            with os.fdopen(handle, "w", encoding="utf-8") as part:
+                json.dump(times, part)
+            Path(name).replace(file)
         except OSError:
             Path(name).unlink(missing_ok=True)
             raise

@@ -17,6 +17,7 @@ mod metadata;
 mod model;
 mod session;
 mod solve;
+mod sparsity;
 mod speculator;
 mod staged;
 mod writer;
@@ -38,6 +39,8 @@ mod _nybble {
     use super::session::Session;
     #[pymodule_export]
     use super::solve::{gptq, rtn};
+    #[pymodule_export]
+    use super::sparsity::Sparsity;
     #[pymodule_export]
     use super::speculator::{Speculator, build_datastore};
     #[pymodule_export]

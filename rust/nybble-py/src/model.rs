@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 
 use crate::error::{run, run_in_background};
 use crate::session::Session;
+use crate::sparsity::Sparsity;
 
 /// An open model: immutable, shared by its sessions and by threads.
 #[pyclass(frozen, module = "nybble._nybble")]
@@ -58,14 +59,28 @@ impl Model {
         run(py, || to_json(&self.core.info()))
     }
 
-    /// A new, empty session; with `tokens` as for `open`.
-    #[pyo3(signature = (tokens=None))]
-    fn session(&self, py: Python<'_>, tokens: Option<&str>) -> PyResult<Session> {
-        let core = run(py, || match tokens {
-            Some(tokens) => self.core.session_with(policy(tokens)?),
-            None => Ok(self.core.session()),
+    /// A new, empty session; with `tokens` as for `open`. It takes for zero what `sparsity` says, or else what the folder
+    /// says, unless it is `dense`.
+    #[pyo3(signature = (tokens=None, sparsity=None, dense=false))]
+    fn session(
+        &self,
+        py: Python<'_>,
+        tokens: Option<&str>,
+        sparsity: Option<PyRef<'_, Sparsity>>,
+        dense: bool,
+    ) -> PyResult<Session> {
+        let given = sparsity.map(|sparsity| Arc::clone(&sparsity.core));
+        let core = run(py, || {
+            let policy = tokens.map_or_else(|| Ok(self.core.settings().tokens.clone()), policy)?;
+            let sparsity = given.or_else(|| self.core.sparsity().cloned()).filter(|_| !dense);
+            self.core.session_with(policy, sparsity)
         })?;
         Ok(Session::new(Arc::clone(&self.core), core))
+    }
+
+    /// What the folder takes for zero, if anything.
+    fn sparsity(&self) -> Option<Sparsity> {
+        self.core.sparsity().map(|core| Sparsity { core: Arc::clone(core) })
     }
 }
 

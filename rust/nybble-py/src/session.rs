@@ -1,5 +1,6 @@
 //! `Session`.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
@@ -12,6 +13,9 @@ use crate::array::matrix;
 use crate::error::{exclusively, run, run_until_signal};
 use crate::generator::Generator;
 use crate::speculator::Speculator;
+
+/// Values of a layer by their names, `[tokens, width]` each.
+type Seen<'py> = BTreeMap<&'static str, Bound<'py, PyArray2<f32>>>;
 
 /// One text in a model, with its keys and values.
 #[pyclass(frozen, module = "nybble._nybble")]
@@ -67,6 +71,28 @@ impl Session {
         })?;
         let rows = logits.len() / vocab;
         matrix(py, logits, rows, vocab)
+    }
+
+    /// Computes `ids`; returns for each layer the values that thresholds are found by, by their names.
+    fn observe<'py>(&self, py: Python<'py>, ids: PyReadonlyArray1<'py, u32>) -> PyResult<Vec<Seen<'py>>> {
+        let ids = ids.as_array().to_vec();
+        let seen = run_until_signal(py, |stop| {
+            let mut seen: Vec<BTreeMap<&'static str, Vec<f32>>> = Vec::new();
+            self.with(|model, session| {
+                let show = &mut |layer: usize, what, values: &[f32]| {
+                    seen.resize(seen.len().max(layer + 1), BTreeMap::new());
+                    seen[layer].insert(what, values.to_vec());
+                };
+                session.observe(model, &ids, show, stop)
+            })?;
+            Ok(seen)
+        })?;
+        let rows = ids.len().max(1);
+        let array = |(what, values): (&'static str, Vec<f32>)| {
+            let cols = values.len() / rows;
+            matrix(py, values, rows, cols).map(|values| (what, values))
+        };
+        seen.into_iter().map(|layer| layer.into_iter().map(array).collect()).collect()
     }
 
     /// The tokens the session holds.

@@ -8,6 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::decode::{Generation, Request, Sampling};
+use nybble::model::sparsity::{LayerThresholds, Times};
 use nybble::model::{LoadOptions, Model};
 use nybble::tokens::Policy;
 use tiny::Tiny;
@@ -81,11 +82,22 @@ fn generated_tokens_allocate_nothing() {
     for (name, tiny) in models() {
         let folder = tiny.save();
         let half = Policy { ratio: 0.5, min_prompt: 2, ..Policy::default() };
-        for (threads, policy) in [(1, None), (3, None), (2, Some(half))] {
+        for (threads, policy, sparse) in
+            [(1, None, false), (3, None, false), (2, Some(half), false), (2, None, true)]
+        {
             let options = LoadOptions { threads: Some(threads), ..LoadOptions::default() };
             let model = Model::open(folder.path(), &options).expect("good");
             let model = model.with_tokens(policy).expect("fits");
             let mut session = model.session();
+            if sparse {
+                // Thresholds that leave about half of the neurons, and times that make skipping the others pay.
+                let layer = LayerThresholds { neurons: vec![0.4; 96], active: 0.5, ..Default::default() };
+                let sparsity = model.sparsity_of(vec![layer; 2]).expect("fits");
+                let times = Times { dense: 1.0, sparse: vec![(0.1, 0.1), (0.9, 0.1)] };
+                let found = model.probe_sparsity(&sparsity, Some(times)).expect("no error");
+                assert_eq!(found.is_some(), name == "quantized");
+                session = model.session_with(None, Some(sparsity)).expect("fits");
+            }
             for (i, sampling) in [&greedy, &drawn, &by_top_p, &greedy].into_iter().enumerate() {
                 session.truncate(0);
                 let request = Request {
@@ -105,6 +117,9 @@ fn generated_tokens_allocate_nothing() {
                 }
                 let found = ALLOCATIONS.load(Ordering::Relaxed) - before;
                 assert_eq!(given, TOKENS);
+                let skipped =
+                    generation.metrics().sparsity.as_ref().map_or(0, |sparsity| sparsity.sparse_blocks);
+                assert_eq!(skipped > 0, sparse && name == "quantized");
                 if i > 0 {
                     assert_eq!(found, 0, "{name}, {threads} threads, {sampling:?}");
                 }

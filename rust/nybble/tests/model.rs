@@ -421,9 +421,9 @@ fn an_interrupted_reduced_prompt_leaves_the_session_as_it_was() {
     assert_eq!(session.layer_tokens().collect::<Vec<_>>(), held);
     assert!(session.kv_bytes() < session.bytes());
     // A session of its own: another policy, or none.
-    let mut plain = model.session_with(None).expect("none");
+    let mut plain = model.session_with(None, None).expect("none");
     plain.prefill(&model, &PROMPT, Logits::All, &mut out, &never).expect("all");
     assert_eq!(plain.layer_tokens().collect::<Vec<_>>(), [11, 11]);
     let nan = Policy { ratio: f64::NAN, ..Policy::default() };
-    assert!(model.session_with(Some(nan)).is_err());
+    assert!(model.session_with(Some(nan), None).is_err());
 }

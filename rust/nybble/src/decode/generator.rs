@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::metrics::GenerationMetrics;
+use super::metrics::{GenerationMetrics, SparsityMetrics};
 use super::sampler::{Sampler, Sampling};
 use crate::error::{Error, Result};
+use crate::model::sparsity::Skipped;
 use crate::model::{Logits, Model, Session};
 
 /// New tokens for which there is memory from the start.
@@ -70,6 +71,8 @@ pub struct Generation {
     finish: Option<FinishReason>,
     stop_token: Option<u32>,
     metrics: GenerationMetrics,
+    /// What the session had skipped before.
+    before: Skipped,
 }
 
 impl Generation {
@@ -99,6 +102,7 @@ impl Generation {
             path: Vec::new(),
             stop_token: None,
             metrics: GenerationMetrics::default(),
+            before: session.skipped(),
         })
     }
 
@@ -123,6 +127,7 @@ impl Generation {
             session.prefill(model, &self.pending, Logits::Last, &mut self.logits, stop)?;
         }
         let seconds = start.elapsed().as_secs_f64();
+        self.note_skipped(session);
         if self.started {
             self.count(self.pending.len(), seconds);
         } else {
@@ -180,6 +185,7 @@ impl Generation {
             self.path.push(child);
         }
         session.accept(&self.path)?;
+        self.note_skipped(session);
         self.count(self.path.len(), start.elapsed().as_secs_f64());
         Ok(Some(&self.path))
     }
@@ -190,6 +196,20 @@ impl Generation {
             self.finish = Some(FinishReason::Context);
         }
         self.finish.is_some()
+    }
+
+    /// Takes note of what the session has skipped.
+    fn note_skipped(&mut self, session: &Session) {
+        let Some(sparsity) = session.sparsity() else { return };
+        let (now, before) = (session.skipped(), self.before);
+        let neurons = now.neurons - before.neurons;
+        let inactive = neurons - (now.active - before.active);
+        self.metrics.sparsity = Some(SparsityMetrics {
+            sparse_layers: sparsity.sparse_layers(),
+            sparse_blocks: now.sparse - before.sparse,
+            dense_blocks: now.dense - before.dense,
+            inactive_neurons: (neurons > 0).then(|| inactive as f64 / neurons as f64),
+        });
     }
 
     /// Counts a pass after the first one.

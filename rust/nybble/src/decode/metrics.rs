@@ -26,6 +26,21 @@ pub struct GenerationMetrics {
     pub kv_bytes: usize,
     /// What speculation did; none where it is off.
     pub draft: Option<DraftMetrics>,
+    /// What activation sparsity skipped; none where there are no thresholds.
+    pub sparsity: Option<SparsityMetrics>,
+}
+
+/// What activation sparsity did while tokens were computed one by one.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct SparsityMetrics {
+    /// Layers in which skipping neurons pays, by times measured on this machine.
+    pub sparse_layers: usize,
+    /// Feed-forward blocks in which neurons were skipped.
+    pub sparse_blocks: u64,
+    /// Feed-forward blocks of these layers in which too many neurons were active for that.
+    pub dense_blocks: u64,
+    /// Share of the neurons of both that were not active.
+    pub inactive_neurons: Option<f64>,
 }
 
 /// What speculation did in one generation.

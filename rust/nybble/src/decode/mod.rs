@@ -15,6 +15,6 @@ mod rng;
 mod sampler;
 
 pub use generator::{FinishReason, Generation, Generator, Request};
-pub use metrics::{DraftMetrics, GenerationMetrics};
+pub use metrics::{DraftMetrics, GenerationMetrics, SparsityMetrics};
 pub use rng::Rng;
 pub use sampler::{Sampler, Sampling};

@@ -26,6 +26,7 @@ pub(crate) mod tiles;
 pub mod w4a4;
 pub mod w4a4_trip;
 pub mod w4a8;
+pub mod w4a8_sparse;
 pub mod w8a8;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
@@ -75,6 +76,8 @@ pub struct Kernels {
     pub w8a8: &'static dyn IntMatmul,
     /// 4-bit weights, 4-bit activations.
     pub w4a4: &'static dyn IntMatmul,
+    /// 4-bit weights, 8-bit activations, some neurons.
+    pub w4a8_sparse: &'static dyn w4a8_sparse::SparseMatmul,
     /// Any weights, float activations.
     pub f32: &'static dyn f32::FloatMatmul,
     /// Causal attention over the KV cache.
@@ -109,6 +112,7 @@ impl Kernels {
             w4a8: pick(w4a8::kernels(), IntMatmul::isa, isa),
             w8a8: pick(w8a8::kernels(), IntMatmul::isa, isa),
             w4a4: pick(w4a4::kernels(), IntMatmul::isa, isa),
+            w4a8_sparse: pick(w4a8_sparse::kernels(), w4a8_sparse::SparseMatmul::isa, isa),
             f32: pick(f32::kernels(), f32::FloatMatmul::isa, isa),
             attention: pick(attention::kernels(), attention::Attention::isa, isa),
             norm: pick(norm::kernels(), norm::Norm::isa, isa),
@@ -135,6 +139,7 @@ impl Kernels {
             ("w4a8", self.w4a8.isa()),
             ("w8a8", self.w8a8.isa()),
             ("w4a4", self.w4a4.isa()),
+            ("w4a8_sparse", self.w4a8_sparse.isa()),
             ("f32", self.f32.isa()),
             ("attention", self.attention.isa()),
             ("norm", self.norm.isa()),

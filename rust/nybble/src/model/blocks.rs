@@ -1,7 +1,11 @@
 //! The parts of a layer, with their packed weights.
 
-use super::linear::{Linear, Run};
+use super::linear::{Linear, Part, Run};
 use super::spec::{Activation, NormKind};
+use crate::error::Result;
+use crate::kernels::quantize::{Activations, Source};
+use crate::kernels::w4a8_sparse::{sparse_columns, sparse_rows};
+use crate::pack::Bundles;
 
 /// A norm.
 #[derive(Debug)]
@@ -84,25 +88,106 @@ pub(super) struct Mlp {
 }
 
 impl Mlp {
-    /// `act(gate) * up`, or `act(up)`, of one row.
-    pub(super) fn activate(&self, run: Run<'_>, gate_up: &[f32], out: &mut [f32]) {
+    /// `act(gate) * up`, or `act(up)`, of one row, and 0 where `act` is not above `least`, which is empty or has a
+    /// threshold for each neuron.
+    pub(super) fn activate(&self, run: Run<'_>, gate_up: &[f32], least: &[f32], out: &mut [f32]) {
         let elementwise = run.kernels.elementwise;
         if self.gated {
             let (gate, up) = gate_up.split_at(self.inner);
-            match self.activation {
-                Activation::Silu => elementwise.silu_mul(gate, up, out),
+            match (self.activation, least.is_empty()) {
+                (Activation::Silu, true) => elementwise.silu_mul(gate, up, out),
+                (Activation::Silu, false) => elementwise.silu_mul_above(gate, up, least, out),
                 // The other activations are refused for gated blocks when the configuration is read.
-                _ => elementwise.gelu_tanh_mul(gate, up, out),
+                (_, true) => elementwise.gelu_tanh_mul(gate, up, out),
+                (_, false) => elementwise.gelu_tanh_mul_above(gate, up, least, out),
             }
             return;
         }
         out.copy_from_slice(gate_up);
-        match self.activation {
-            Activation::GeluTanh => elementwise.gelu_tanh(out),
-            Activation::GeluErf => elementwise.gelu_erf(out),
-            // Plain SiLU is refused when the configuration is read.
-            Activation::Relu | Activation::Silu => elementwise.relu(out),
+        self.act(run, out);
+        for (value, least) in out.iter_mut().zip(least) {
+            *value = if value.abs() <= *least { 0.0 } else { *value };
         }
+    }
+
+    /// The activation function.
+    pub(super) fn act(&self, run: Run<'_>, x: &mut [f32]) {
+        let elementwise = run.kernels.elementwise;
+        match self.activation {
+            Activation::Silu => elementwise.silu(x),
+            Activation::GeluTanh => elementwise.gelu_tanh(x),
+            Activation::GeluErf => elementwise.gelu_erf(x),
+            Activation::Relu => elementwise.relu(x),
+        }
+    }
+
+    /// The matrices before and behind the neurons, if a gate that reads what `up` reads decides on these.
+    pub(super) fn neurons(&self) -> Option<(&Part, &Part)> {
+        match (self.gate_up.plain_parts()?, self.down.plain_parts()?) {
+            ([_, up], [down]) => Some((up, down)),
+            _ => None,
+        }
+    }
+
+    /// `y = down(act * up(x))` of one row by the neurons that are active. `act` is 0 or more for the others and becomes what
+    /// `down` reads; `rounded` holds `x` as the gate read it.
+    pub(super) fn skip(
+        &self,
+        run: Run<'_>,
+        bundles: &Bundles,
+        Active { list, picked }: &mut Active,
+        act: &mut [f32],
+        rounded: &mut Activations,
+        y: &mut [f32],
+    ) -> Result<()> {
+        let Some((_, Part { weight, rounding: Some(rounding) })) = self.neurons() else {
+            unreachable!("bundles are made of rounded matrices");
+        };
+        let kernel = run.kernels.w4a8_sparse;
+        let picked = &mut picked[..list.len()];
+        sparse_rows(run.pool, kernel, bundles, rounded, 0, list, picked)?;
+        let mut next = 0;
+        for (&n, up) in list.iter().zip(&*picked) {
+            let n = n as usize;
+            act[next..n].fill(0.0);
+            act[n] *= up;
+            next = n + 1;
+        }
+        act[next..].fill(0.0);
+        let (inner, group) = (&mut Source::Given(act), weight.group());
+        rounded.quantize_source(
+            run.pool,
+            run.kernels.quantize,
+            inner,
+            1,
+            weight.cols(),
+            group,
+            *rounding,
+            &[],
+        )?;
+        sparse_columns(run.pool, kernel, bundles, rounded, 0, list, y)
+    }
+}
+
+/// The neurons of one token that are active.
+#[derive(Debug, Default)]
+pub(super) struct Active {
+    /// Their numbers, ascending.
+    pub(super) list: Vec<u32>,
+    picked: Vec<f32>,
+}
+
+impl Active {
+    /// Lists the neurons whose `act` is above their threshold.
+    pub(super) fn find(&mut self, act: &[f32], least: &[f32]) {
+        self.picked.resize(act.len(), 0.0);
+        self.list.resize(act.len(), 0);
+        let mut count = 0;
+        for (n, (act, least)) in (0..).zip(act.iter().zip(least)) {
+            self.list[count] = n;
+            count += usize::from(act.abs() > *least || act.is_nan());
+        }
+        self.list.truncate(count);
     }
 }
 

@@ -11,11 +11,12 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::Model;
-use super::blocks::{Attention, Block, Layer, Mlp};
+use super::blocks::{Active, Attention, Block, Layer, Mlp};
 use super::linear::Run;
 use super::reduce::Plan;
 use super::rope::RopeTable;
-use super::session::Session;
+use super::session::{Session, Tap};
+use super::sparsity::{LayerThresholds, Skipped, Sparsity, cut};
 use super::spec::Position;
 use crate::error::{Error, Result};
 use crate::kernels::attention::{self, Branches, KvCache};
@@ -34,13 +35,15 @@ pub(super) struct Scratch {
     att: Vec<f32>,     // [n, q]                weighted values
     gate_up: Vec<f32>, // [n, 2 inner] or [n, inner]
     inner: Vec<f32>,   // [n, inner]            after the activation
+    active: Active,
     rounded: Activations,
     attention: attention::Scratch,
 }
 
 impl Session {
     /// Computes `tokens`, at most a chunk of them, and as many last rows of logits as `logits` has room for. With a plan the
-    /// tokens are reduced. As the nodes of a tree they go into the caches only.
+    /// tokens are reduced. As the nodes of a tree they go into the caches only. A tap is shown what layers compute.
+    #[expect(clippy::too_many_arguments, reason = "the ways to compute tokens meet here")]
     pub(super) fn chunk(
         &mut self,
         model: &Model,
@@ -49,8 +52,10 @@ impl Session {
         tree: Option<&Branches>,
         logits: &mut [f32],
         stop: &dyn Fn() -> bool,
+        mut tap: Option<Tap<'_>>,
     ) -> Result<()> {
-        let run = Run { pool: &model.pool, kernels: &model.kernels, settings: &model.settings };
+        let sparsity = self.sparsity.as_deref();
+        let run = model.run();
         let (mut n, start) = (tokens.len(), self.tokens.len());
         let (s, rows) = (&mut self.scratch, &mut self.rows);
         if plan.is_some() {
@@ -81,8 +86,16 @@ impl Session {
             let rope = attention.rope.map(|index| &self.ropes[index]);
             let mut leaving = false;
 
-            project(run, attention_block, attention, rope, &position, n, s)?;
+            let cuts = sparsity.map(|sparsity| &sparsity.layers[index]);
+            project(run, attention_block, attention, rope, &position, cuts, n, s)?;
             attend(run, attention, cache, tree, n, s)?;
+            if let Some(tap) = &mut tap {
+                tap(index, "qkv", &s.xb);
+                tap(index, "out", &s.att);
+            }
+            if let Some(cuts) = cuts {
+                cut(&mut s.att, cuts.out());
+            }
             if let Some(plan) = plan {
                 let Scratch { qkv, attention: memory, .. } = s;
                 let (shape, queries) = (shape(run, attention), (&qkv[..], qkv.len() / n));
@@ -99,7 +112,12 @@ impl Session {
                 }
             }
 
-            feed_forward(run, mlp_block, mlp, n, rows.low(), s)?;
+            let skip = sparsity.map(|sparsity| (sparsity, index));
+            feed_forward(run, mlp_block, mlp, n, rows.low(), skip, &mut self.skipped, s)?;
+            if let Some(tap) = &mut tap {
+                tap(index, "gate_up", &s.xb);
+                watch(run, mlp, n, s, &mut |site, values| tap(index, site, values));
+            }
             leave(run, mlp_block, s);
         }
         if !logits.is_empty() {
@@ -196,12 +214,14 @@ fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
 }
 
 /// `[q | k | v] = qkv(xb)` with the block's input `xb`, with normed heads and turned to their positions where the model has that.
+#[expect(clippy::too_many_arguments, reason = "a block, its rows, and what may be skipped")]
 fn project(
     run: Run<'_>,
     block: &Block,
     attention: &Attention,
     rope: Option<&RopeTable>,
     position: &(dyn Fn(usize) -> usize + Sync),
+    cuts: Option<&LayerThresholds>,
     n: usize,
     s: &mut Scratch,
 ) -> Result<()> {
@@ -210,8 +230,23 @@ fn project(
     let width = q + 2 * k;
     fit(&mut s.qkv, n * width);
     let enter = block.enter(run, &s.x);
+    let (least, least_q) = cuts.map_or((0.0, 0.0), |cuts| (cuts.qkv(), cuts.q()));
+    let enter = |row: usize, out: &mut [f32]| {
+        enter(row, out);
+        cut(out, least);
+    };
     let input = &mut Source::Computed { rows: &mut s.xb, compute: &enter };
-    attention.qkv.forward_source(run, input, n, &[], &mut s.rounded, &mut s.qkv)?;
+    if least_q > 0.0 {
+        let parts = attention.qkv.count();
+        attention.qkv.forward_parts(run, 1..parts, input, n, &mut s.rounded, &mut s.qkv)?;
+        fit(&mut s.h, s.xb.len());
+        s.h.copy_from_slice(&s.xb);
+        cut(&mut s.h, least_q);
+        let input = &mut Source::Given(&s.h);
+        attention.qkv.forward_parts(run, 0..1, input, n, &mut s.rounded, &mut s.qkv)?;
+    } else {
+        attention.qkv.forward_source(run, input, n, &[], &mut s.rounded, &mut s.qkv)?;
+    }
 
     if let (Some(q_norm), Some(k_norm)) = (&attention.q_norm, &attention.k_norm) {
         fit(&mut s.normed, n * width);
@@ -273,24 +308,77 @@ fn attend(
     }
 }
 
-/// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`.
+/// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`, without what is below thresholds.
+#[expect(clippy::too_many_arguments, reason = "a block, its rows, and what may be skipped")]
 fn feed_forward(
     run: Run<'_>,
     block: &Block,
     mlp: &Mlp,
     n: usize,
     low: &[bool],
+    skip: Option<(&Sparsity, usize)>,
+    skipped: &mut Skipped,
     s: &mut Scratch,
 ) -> Result<()> {
     let width = mlp.gate_up.rows();
     fit(&mut s.gate_up, n * width);
     fit(&mut s.inner, n * mlp.inner);
+    let cuts = skip.map(|(sparsity, index)| &sparsity.layers[index]);
+    let neurons = cuts.map_or(&[][..], |cuts| &cuts.neurons);
+    let (least, least_inner) = cuts.map_or((0.0, 0.0), |cuts| (cuts.gate_up(), cuts.down()));
     let enter = block.enter(run, &s.x);
+    let enter = |row: usize, out: &mut [f32]| {
+        enter(row, out);
+        cut(out, least);
+    };
     let input = &mut Source::Computed { rows: &mut s.xb, compute: &enter };
-    mlp.gate_up.forward_source(run, input, n, low, &mut s.rounded, &mut s.gate_up)?;
-    let activate = |row: usize, out: &mut [f32]| mlp.activate(run, &s.gate_up[row * width..][..width], out);
+    // Of one token, the neurons that the gate leaves.
+    if n == 1
+        && low.is_empty()
+        && least_inner == 0.0
+        && let Some((sparsity, index)) = skip.filter(|(sparsity, index)| sparsity.may_skip(*index))
+    {
+        mlp.gate_up.forward_parts(run, 0..1, input, 1, &mut s.rounded, &mut s.gate_up)?;
+        s.inner.copy_from_slice(&s.gate_up[..mlp.inner]);
+        mlp.act(run, &mut s.inner);
+        s.active.find(&s.inner, neurons);
+        let active = s.active.list.len();
+        skipped.neurons += mlp.inner as u64;
+        skipped.active += active as u64;
+        if let Some(bundles) = sparsity.bundles(index, active) {
+            skipped.sparse += 1;
+            return mlp.skip(run, bundles, &mut s.active, &mut s.inner, &mut s.rounded, &mut s.h);
+        }
+        skipped.dense += 1;
+        let input = &mut Source::Given(&s.xb);
+        mlp.gate_up.forward_parts(run, 1..2, input, 1, &mut s.rounded, &mut s.gate_up)?;
+    } else {
+        mlp.gate_up.forward_source(run, input, n, low, &mut s.rounded, &mut s.gate_up)?;
+    }
+    let activate = |row: usize, out: &mut [f32]| {
+        mlp.activate(run, &s.gate_up[row * width..][..width], neurons, out);
+        cut(out, least_inner);
+    };
     let inner = &mut Source::Computed { rows: &mut s.inner, compute: &activate };
     mlp.down.forward_source(run, inner, n, low, &mut s.rounded, &mut s.h)
+}
+
+/// Shows the values that thresholds of neurons are found by, of a block just computed: the activation function's (`act`), and
+/// with a gate what it is multiplied by (`up`).
+fn watch(run: Run<'_>, mlp: &Mlp, n: usize, s: &mut Scratch, show: &mut dyn FnMut(&'static str, &[f32])) {
+    let (width, inner) = (mlp.gate_up.rows(), mlp.inner);
+    for row in 0..n {
+        s.inner[row * inner..][..inner].copy_from_slice(&s.gate_up[row * width..][..inner]);
+    }
+    mlp.act(run, &mut s.inner);
+    show("act", &s.inner);
+    if mlp.gated {
+        for row in 0..n {
+            let up = &s.gate_up[row * width + inner..][..inner];
+            s.inner[row * inner..][..inner].copy_from_slice(up);
+        }
+        show("up", &s.inner);
+    }
 }
 
 /// `logits = head(norm(x))` of the last rows, as many as `logits` has room for.

@@ -3,6 +3,7 @@
 //! Queries, keys and values (and gate and up) are one [`Linear`] of several parts, so their input is rounded once
 //! and their outputs stand side by side in one row.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::settings::Settings;
@@ -61,6 +62,17 @@ impl Linear {
         self.parts.iter().map(|part| &part.weight)
     }
 
+    /// The matrices, if they read the same and nothing is added to what they give.
+    pub(super) fn plain_parts(&self) -> Option<&[Part]> {
+        let same = self.parts.windows(2).all(|pair| pair[0].reads_the_same(&pair[1]));
+        (same && self.bias.is_none()).then_some(&self.parts)
+    }
+
+    /// Number of matrices.
+    pub(super) fn count(&self) -> usize {
+        self.parts.len()
+    }
+
     /// Whether any matrix takes inputs of 8 bits.
     pub(super) fn takes_bytes(&self) -> bool {
         self.parts.iter().any(|part| part.rounding.is_some_and(|rounding| rounding.bits == 8))
@@ -78,6 +90,27 @@ impl Linear {
         self.forward_source(run, &mut Source::Given(x), n, &[], rounded, y)
     }
 
+    /// The same of some of the matrices, whose outputs alone are written to their places in `y`.
+    pub(super) fn forward_parts(
+        &self,
+        run: Run<'_>,
+        which: Range<usize>,
+        x: &mut Source<'_>,
+        n: usize,
+        rounded: &mut Activations,
+        y: &mut [f32],
+    ) -> Result<()> {
+        self.multiply(run, which.clone(), x, n, &[], rounded, y)?;
+        let before: usize = self.parts[..which.start].iter().map(|part| part.weight.rows()).sum();
+        let rows: usize = self.parts[which].iter().map(|part| part.weight.rows()).sum();
+        if let Some(bias) = &self.bias {
+            for row in y.chunks_exact_mut(self.rows) {
+                run.kernels.elementwise.add_assign(&mut row[before..][..rows], &bias[before..][..rows]);
+            }
+        }
+        Ok(())
+    }
+
     /// The same of inputs that may have to be computed first, and with 4 bits instead of 8 in the rows that `low` says so of;
     /// it is empty or has `n` flags.
     pub(super) fn forward_source(
@@ -89,9 +122,32 @@ impl Linear {
         rounded: &mut Activations,
         y: &mut [f32],
     ) -> Result<()> {
+        self.multiply(run, 0..self.parts.len(), x, n, low, rounded, y)?;
+        if let Some(bias) = &self.bias {
+            run.pool.split_rows(y, self.rows, &|_, rows| {
+                for row in rows.chunks_exact_mut(self.rows) {
+                    run.kernels.elementwise.add_assign(row, bias);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// The products of some of the matrices.
+    #[expect(clippy::too_many_arguments, reason = "those of `forward_source` and which of them")]
+    fn multiply(
+        &self,
+        run: Run<'_>,
+        which: Range<usize>,
+        x: &mut Source<'_>,
+        n: usize,
+        low: &[bool],
+        rounded: &mut Activations,
+        y: &mut [f32],
+    ) -> Result<()> {
         let columns = Columns::new(y, n, self.rows, 0, self.rows);
-        let mut offset = 0;
-        for parts in self.parts.chunk_by(Part::reads_the_same) {
+        let mut offset = self.parts[..which.start].iter().map(|part| part.weight.rows()).sum();
+        for parts in self.parts[which].chunk_by(Part::reads_the_same) {
             let Part { weight, rounding } = &parts[0];
             if let Some(rounding) = *rounding {
                 let (cols, group) = (weight.cols(), weight.group());
@@ -111,13 +167,6 @@ impl Linear {
                 let x = x.rows(run.pool, weight.cols());
                 products.try_for_each(|(w, y)| float_matmul(run.pool, run.kernels.f32, w, x, y))?;
             }
-        }
-        if let Some(bias) = &self.bias {
-            run.pool.split_rows(y, self.rows, &|_, rows| {
-                for row in rows.chunks_exact_mut(self.rows) {
-                    run.kernels.elementwise.add_assign(row, bias);
-                }
-            });
         }
         Ok(())
     }

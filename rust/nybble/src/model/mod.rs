@@ -16,6 +16,7 @@ pub mod info;
 pub mod quantization;
 pub mod rope;
 pub mod settings;
+pub mod sparsity;
 pub mod spec;
 pub mod validate;
 
@@ -35,6 +36,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::format::Access;
+use crate::format::folder::Folder;
 use crate::kernels::Kernels;
 use crate::kernels::attention::KvType;
 use crate::threads::Pool;
@@ -44,6 +46,8 @@ pub use checkpoint::Checkpoint;
 pub use info::Info;
 pub use session::{Logits, PART, Session};
 pub use settings::Settings;
+pub use sparsity::Sparsity;
+use sparsity::{LayerThresholds, Times};
 pub use spec::Spec;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -74,6 +78,8 @@ pub struct Model {
     settings: Settings,
     /// The settings' token policy, made to fit.
     plan: Option<Arc<reduce::Plan>>,
+    /// What is taken for zero, if the folder says so.
+    sparsity: Option<Arc<Sparsity>>,
     pool: Pool,
     kernels: Kernels,
     weights: load::Weights,
@@ -99,6 +105,10 @@ impl Model {
         validate::validate(&spec, &checkpoint)?;
         let weights = load::Weights::load(&spec, &checkpoint, &pool)?;
         let kv = options.kv.unwrap_or(if weights.quantized() { KvType::F16 } else { KvType::F32 });
+        let sparsity = match (settings.sparse, checkpoint.folder()) {
+            (true, Some(folder)) => Some(read_sparsity(folder, &spec)?),
+            _ => None,
+        };
         let tokens = settings.tokens.clone();
         let model = Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -109,6 +119,7 @@ impl Model {
             kv,
             settings,
             plan: None,
+            sparsity: sparsity.map(Arc::new),
             pool,
             kernels: Kernels::best(),
             weights,
@@ -165,16 +176,59 @@ impl Model {
 
     /// A new, empty session.
     pub fn session(&self) -> Session {
-        Session::new(self, self.plan.clone())
+        Session::new(self, self.plan.clone(), self.sparsity.clone())
     }
 
-    /// A new, empty session with a policy of token reduction of its own, or none.
-    pub fn session_with(&self, policy: Option<Policy>) -> Result<Session> {
-        Ok(Session::new(self, self.plan_of(policy)?))
+    /// What is taken for zero in sessions that say nothing else.
+    pub fn sparsity(&self) -> Option<&Arc<Sparsity>> {
+        self.sparsity.as_ref()
+    }
+
+    /// Thresholds of activation sparsity that fit this model, for [`Model::session_with`].
+    pub fn sparsity_of(&self, thresholds: Vec<LayerThresholds>) -> Result<Arc<Sparsity>> {
+        Sparsity::new(thresholds, &self.spec).map(Arc::new)
+    }
+
+    /// Finds out where skipping what is taken for zero saves time (see [`Sparsity`]): measures, or uses `known` times. Returns the
+    /// times; none where there is nothing to skip. What was found once stays.
+    pub fn probe_sparsity<'a>(
+        &self,
+        sparsity: &'a Sparsity,
+        known: Option<Times>,
+    ) -> Result<Option<&'a Times>> {
+        if sparsity.thresholds().len() != self.spec.layers.len() {
+            return Err(Error::argument("sparsity", "that of this model", "that of another"));
+        }
+        sparsity.probe(self.run(), &self.weights, known)
+    }
+
+    fn run(&self) -> linear::Run<'_> {
+        linear::Run { pool: &self.pool, kernels: &self.kernels, settings: &self.settings }
+    }
+
+    /// A new, empty session with a policy of token reduction of its own, or none, and so with what it takes for zero.
+    pub fn session_with(&self, policy: Option<Policy>, sparsity: Option<Arc<Sparsity>>) -> Result<Session> {
+        if sparsity.as_ref().is_some_and(|own| own.thresholds().len() != self.spec.layers.len()) {
+            return Err(Error::argument("sparsity", "that of this model", "that of another"));
+        }
+        Ok(Session::new(self, self.plan_of(policy)?, sparsity))
     }
 
     /// Sizes, kernels and memory.
     pub fn info(&self) -> Info {
         info::info(self)
     }
+}
+
+/// The thresholds beside the weights.
+fn read_sparsity(folder: &Folder, spec: &Spec) -> Result<Sparsity> {
+    let Some(file) = folder.find(sparsity::FILE)? else {
+        let found = "none, but the configuration says that there are thresholds of activation sparsity";
+        return Err(Error::format(folder.path(), sparsity::FILE, "a file of this name", found));
+    };
+    let thresholds = sparsity::read(&file, spec.layers.len())?;
+    Sparsity::new(thresholds, spec).map_err(|error| match error {
+        Error::Argument { name, expected, found } => Error::format(&file, name, expected, found),
+        error => error,
+    })
 }

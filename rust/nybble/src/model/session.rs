@@ -10,6 +10,7 @@ use super::Model;
 use super::decoder::Scratch;
 use super::reduce::{Plan, Rows};
 use super::rope::RopeTable;
+use super::sparsity::{Skipped, Sparsity};
 use crate::error::{Error, Result};
 use crate::kernels::attention::{Branches, KvCache};
 
@@ -20,6 +21,9 @@ const CHUNK: usize = 512;
 /// Tokens of a reduced prompt computed together at most: they compete for their places. A longer prompt is cut into equal
 /// parts.
 pub const PART: usize = 2048;
+
+/// Told the values of a layer: its number, what they are, and the rows.
+pub(super) type Tap<'a> = &'a mut dyn FnMut(usize, &'static str, &[f32]);
 
 /// Which rows of logits a forward pass is to give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +46,8 @@ pub struct Session {
     pub(super) scratch: Scratch,
     pub(super) rows: Rows,
     pub(super) plan: Option<Arc<Plan>>,
+    pub(super) sparsity: Option<Arc<Sparsity>>,
+    pub(super) skipped: Skipped,
     /// What was reduced, in order.
     parts: Vec<Part>,
     /// Tokens of a tree that are in the caches behind those held, until some of them are accepted.
@@ -59,7 +65,7 @@ struct Part {
 }
 
 impl Session {
-    pub(super) fn new(model: &Model, plan: Option<Arc<Plan>>) -> Self {
+    pub(super) fn new(model: &Model, plan: Option<Arc<Plan>>, sparsity: Option<Arc<Sparsity>>) -> Self {
         let cache = |layer: &super::blocks::Layer| {
             let attention = &layer.attention;
             KvCache::new(attention.kv_heads, attention.head_dim, model.kv).with_limit(model.context)
@@ -72,6 +78,8 @@ impl Session {
             scratch: Scratch::default(),
             rows: Rows::default(),
             plan,
+            sparsity,
+            skipped: Skipped::default(),
             parts: Vec::new(),
             tree: Vec::new(),
             branches: Branches::default(),
@@ -202,7 +210,7 @@ impl Session {
         let mut branches = std::mem::take(&mut self.branches);
         let computed = branches.set(parents).and_then(|()| {
             reserve(out, tokens.len() * model.spec.vocab)?;
-            model.pool.region(|| self.chunk(model, tokens, None, Some(&branches), out, stop))
+            model.pool.region(|| self.chunk(model, tokens, None, Some(&branches), out, stop, None))
         });
         self.branches = branches;
         match computed {
@@ -228,6 +236,40 @@ impl Session {
         self.tokens.extend(path.iter().map(|&node| self.tree[node]));
         self.tree.clear();
         Ok(())
+    }
+
+    /// Computes `tokens`, at most 512 of them, and shows the values that thresholds of activation sparsity are found by: of
+    /// each layer in turn what queries, keys and values read (`qkv`), what the attention's output projection reads (`out`), what
+    /// gate and up read (`gate_up`), the activation function's values (`act`), and with a gate what these are multiplied by (`up`). Rows
+    /// are those of the tokens; they are as thresholds leave them, but `out`, `act` and `up` as they were before.
+    pub fn observe(
+        &mut self,
+        model: &Model,
+        tokens: &[u32],
+        show: &mut dyn FnMut(usize, &'static str, &[f32]),
+        stop: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        self.check(model, tokens)?;
+        if tokens.len() > CHUNK {
+            return Err(Error::argument("tokens", format!("at most {CHUNK}"), tokens.len()));
+        }
+        let before = self.len();
+        self.truncate(before);
+        let computed = model.pool.region(|| self.chunk(model, tokens, None, None, &mut [], stop, Some(show)));
+        if computed.is_err() {
+            self.truncate(before);
+        }
+        computed
+    }
+
+    /// How it leaves out what is nearly zero, if it does.
+    pub fn sparsity(&self) -> Option<&Sparsity> {
+        self.sparsity.as_deref()
+    }
+
+    /// What was skipped so far.
+    pub fn skipped(&self) -> Skipped {
+        self.skipped
     }
 
     fn compute(
@@ -260,7 +302,8 @@ impl Session {
                 Logits::None | Logits::Last => &mut [],
             };
             // One region a chunk: the workers are woken once for all its phases.
-            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, plan, None, logits, stop)) {
+            if let Err(error) = model.pool.region(|| self.chunk(model, chunk, plan, None, logits, stop, None))
+            {
                 self.truncate(before);
                 return Err(error);
             }

@@ -24,6 +24,8 @@ pub struct Settings {
     pub log2_softmax: bool,
     /// Which tokens of prompts are reduced.
     pub tokens: Option<Policy>,
+    /// Whether thresholds of activation sparsity stand beside the weights, see [`super::sparsity`].
+    pub sparse: bool,
 }
 
 impl Settings {
@@ -58,6 +60,12 @@ impl Settings {
                 ("softmax", _) => {
                     return Err(Error::format(FILE, "run.softmax", "\"exact\" or \"log2\"", brief(value)));
                 }
+                ("sparsity", _) if value.is_null() => settings.sparse = false,
+                // How the thresholds were found is told for people; the file has them.
+                ("sparsity", _) if value.is_object() => settings.sparse = true,
+                ("sparsity", _) => {
+                    return Err(Error::format(FILE, "run.sparsity", "an object", brief(value)));
+                }
                 ("tokens", _) if value.is_null() => settings.tokens = None,
                 ("tokens", _) => {
                     let policy = Policy::read(value).map_err(|error| match error {
@@ -73,7 +81,8 @@ impl Settings {
                     settings.tokens = Some(policy);
                 }
                 _ => {
-                    let detail = "softmax and tokens are read; a newer nybble may have made the folder";
+                    let detail =
+                        "softmax, tokens and sparsity are read; a newer nybble may have made the folder";
                     return Err(Error::unsupported(format!("{FILE}: run.{key}"), detail));
                 }
             }

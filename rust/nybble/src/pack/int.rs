@@ -185,7 +185,7 @@ impl Packed {
     }
 
     /// Where a step's codes start in a tile.
-    fn step_offset(&self, step: usize) -> usize {
+    pub(super) fn step_offset(&self, step: usize) -> usize {
         let groups = step * TILE_K / self.group + 1;
         groups * header_bytes(self.asymmetric) + step * self.layout.step_bytes()
     }

@@ -13,12 +13,15 @@
 //! one is an error, not a wrong answer.
 
 mod buffer;
+mod bundles;
 mod float;
 mod int;
 
 use half::{bf16, f16};
 
 pub(crate) use buffer::Buffer;
+pub(crate) use bundles::Side;
+pub use bundles::{Bundles, CHUNK};
 pub use int::IntSource;
 pub(crate) use int::{MIDDLE, group_header, header_bytes};
 

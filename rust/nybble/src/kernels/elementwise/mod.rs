@@ -16,6 +16,9 @@ macro_rules! tier {
             Elementwise for $($tier)+;
             fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
             fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
+            fn silu_mul_above(gate: &[f32], up: &[f32], least: &[f32], out: &mut [f32]);
+            fn gelu_tanh_mul_above(gate: &[f32], up: &[f32], least: &[f32], out: &mut [f32]);
+            fn silu(x: &mut [f32]);
             fn gelu_tanh(x: &mut [f32]);
             fn gelu_erf(x: &mut [f32]);
             fn relu(x: &mut [f32]);
@@ -46,6 +49,12 @@ pub trait Elementwise: Sync {
     fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
     /// `out = gelu(gate) * up` with the tanh form of GELU.
     fn gelu_tanh_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]);
+    /// `out = silu(gate) * up` where `|silu(gate)| > least`, else 0. NaN is larger than anything.
+    fn silu_mul_above(&self, gate: &[f32], up: &[f32], least: &[f32], out: &mut [f32]);
+    /// The same with the tanh form of GELU.
+    fn gelu_tanh_mul_above(&self, gate: &[f32], up: &[f32], least: &[f32], out: &mut [f32]);
+    /// `x = silu(x)`.
+    fn silu(&self, x: &mut [f32]);
     /// `x = gelu(x)`, the tanh form.
     fn gelu_tanh(&self, x: &mut [f32]);
     /// `x = gelu(x)`, the exact form with the error function.
@@ -85,6 +94,20 @@ mod loops {
         };
     }
 
+    macro_rules! gated_above {
+        ($name:ident, $f:path) => {
+            #[inline(always)]
+            pub(super) fn $name(gate: &[f32], up: &[f32], least: &[f32], out: &mut [f32]) {
+                let n = out.len();
+                assert!(gate.len() == n && up.len() == n && least.len() == n, "all of one length");
+                for i in 0..n {
+                    let value = $f(gate[i]);
+                    out[i] = if value.abs() <= least[i] { 0.0 } else { value * up[i] };
+                }
+            }
+        };
+    }
+
     macro_rules! each {
         ($name:ident($x:ident $(, $arg:ident)?) => $value:expr) => {
             #[inline(always)]
@@ -99,6 +122,9 @@ mod loops {
 
     gated!(silu_mul, math::silu);
     gated!(gelu_tanh_mul, math::gelu_tanh);
+    gated_above!(silu_mul_above, math::silu);
+    gated_above!(gelu_tanh_mul_above, math::gelu_tanh);
+    each!(silu(x) => math::silu(x));
     each!(gelu_tanh(x) => math::gelu_tanh(x));
     each!(gelu_erf(x) => math::gelu_erf(x));
     each!(relu(x) => if x < 0.0 { 0.0 } else { x });

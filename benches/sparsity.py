@@ -1,0 +1,103 @@
+"""Tokens a second and perplexity of a model whose neurons are skipped, beside the same model dense.
+
+Thresholds are found on one half of the text and judged on the other. Speeds are of one token at a
+time behind a short prompt; dense and sparse take turns, and a row has the medians::
+
+    python benches/sparsity.py MODEL TEXT --csv FILE [--tokens 8192] [--threads 2]
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import nybble
+from nybble.bench.machine import cpu_name
+from nybble.calibrate.text import draw
+from nybble.eval import perplexity, read_text
+from nybble.sparsity import make, observe
+
+_NEW = 48
+_ROUNDS = 5
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=None)
+    given = parser.parse_args()
+    model = nybble.load(given.model, given.threads, draft="off", sparsity="off")
+    text = read_text(given.text)
+    judged, shown = text[: len(text) // 2], text[len(text) // 2 :]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write(shown)
+        file.flush()
+        drawn = draw([Path(file.name)], model.tokenizer, tokens=16384, context=512, seed=0)
+    seen = observe(model.raw, drawn.windows)
+
+    def surprise() -> float:
+        return perplexity(model, judged, max_tokens=given.tokens).perplexity
+
+    prompt = model.tokenizer.encode(judged[:600])
+    dense_surprise = surprise()
+    head = (
+        "model,cpu,threads,method,sparsity,perplexity,rise_percent,inactive_neurons,"
+        "sparse_layers,layers,dense_tok_s,tok_s,ratio,bundle_mb,measured"
+    )
+    with given.csv.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if not given.csv.stat().st_size:
+            writer.writerow(head.split(","))
+        for name in ("cats", "chess", "teal"):
+            for share in (0.3, 0.5, 0.7):
+                thresholds = [make({"name": name, "sparsity": share}).fit(s) for s in seen]
+                model.sparsify(thresholds)
+                found = surprise()
+                speeds: dict[bool, list[float]] = {True: [], False: []}
+                handle, metrics = model._sparsity, {}
+                for round_ in range(2 * _ROUNDS + 2):
+                    sparse = round_ % 2 == 0
+                    model._sparsity = handle if sparse else None
+                    result = model.generate(prompt, _NEW, ignore_end=True)
+                    if round_ >= 2:  # the first of each warms up
+                        speeds[sparse].append(
+                            result.metrics["decode_tokens"] / result.metrics["decode_seconds"]
+                        )
+                    metrics = result.metrics.get("sparsity") or metrics
+                assert handle is not None
+                slow, fast = (statistics.median(speeds[key]) for key in (False, True))
+                active = float(np.mean([layer.active for layer in thresholds]))
+                inactive = metrics.get("inactive_neurons")
+                row = [
+                    given.model.name,
+                    cpu_name(),
+                    model.info["threads"],
+                    name,
+                    share,
+                    f"{found:.3f}",
+                    f"{100 * (found / dense_surprise - 1):.2f}",
+                    f"{1 - active if inactive is None else inactive:.3f}",
+                    handle.sparse_layers(),
+                    model.info["layers"],
+                    f"{slow:.1f}",
+                    f"{fast:.1f}",
+                    f"{fast / slow:.3f}",
+                    f"{handle.bytes() / 1e6:.1f}",
+                    time.strftime("%Y-%m-%d"),
+                ]
+                print(*row, flush=True)
+                writer.writerow(row)
+                file.flush()
+    print(f"dense perplexity {dense_surprise:.3f}")
+
+
+if __name__ == "__main__":
+    main()

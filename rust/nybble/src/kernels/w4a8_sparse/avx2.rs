@@ -1,0 +1,627 @@
+//! `w4a8_sparse/avx2`: `vpmaddubsw`, 32 products an instruction.
+//!
+//! *Rows.* 32 bytes of a row are two runs of 32 columns; each is multiplied by 32 activations as they lie. At the end of a
+//! group the sums of eight neurons are added across lanes together, by a tree of shuffles in 16 bits (a lane holds at most
+//! `2 * 15 * 127 = 3810`, and four of them together 15240), after which each neuron has a lane. One neuron at a time with
+//! eight of its groups in the tree was tried and took 1.7 times as long: its fused multiply-adds wait for one another.
+//!
+//! *Columns.* Two neurons' bytes are interleaved, so that one instruction multiplies both by their activations and adds, for
+//! 16 outputs; sixteen neurons are added up in 16 bits (`8 * 3810 = 30480`) before they are widened.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::scalar::scale;
+use super::{SparseMatmul, Vector, by_group};
+use crate::cpu::{Avx2, Isa};
+use crate::kernels::tiles::opaque;
+use crate::pack::{Bundles, CHUNK, MIDDLE, Side};
+
+struct Kernel(#[allow(dead_code)] Avx2);
+
+/// The kernel, if the CPU has the tier.
+pub(super) fn kernel() -> Option<&'static dyn SparseMatmul> {
+    static KERNEL: std::sync::LazyLock<Option<Kernel>> = std::sync::LazyLock::new(|| Avx2::new().map(Kernel));
+    KERNEL.as_ref().map(|kernel| kernel as &dyn SparseMatmul)
+}
+
+impl SparseMatmul for Kernel {
+    fn isa(&self) -> Isa {
+        Isa::Avx2
+    }
+
+    fn rows(&self, w: &Bundles, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
+        let side = w.row_side().expect("bundles with rows");
+        x.check(w.inputs(), side.groups);
+        assert_eq!(out.len(), active.len(), "an output a neuron");
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe {
+            if side.group == 32 || side.group.is_multiple_of(CHUNK) || side.groups == 1 {
+                eights(w, side, x, active, out);
+            } else {
+                rows_of_many(w, side, x, active, out);
+            }
+        }
+        scale(out, side.output_mul);
+    }
+
+    fn columns(&self, w: &Bundles, x: &Vector<'_>, active: &[u32], chunks: Range<usize>, y: &mut [f32]) {
+        let side = w.column_side();
+        x.check(w.neurons(), side.groups);
+        let outputs = w.outputs().min(chunks.end * CHUNK) - chunks.start * CHUNK;
+        assert_eq!(y.len(), outputs, "the chunks' outputs");
+        for first in chunks.clone().step_by(BLOCK) {
+            let block = first..chunks.end.min(first + BLOCK);
+            let from = (first - chunks.start) * CHUNK;
+            let part = &mut y[from..outputs.min(from + block.len() * CHUNK)];
+            // SAFETY: as above.
+            unsafe { columns(w, side, x, active, block, part) }
+        }
+        scale(y, side.output_mul);
+    }
+}
+
+/// Rows that are fetched ahead, and the columns behind them: what is read next but one.
+const AHEAD: usize = 6;
+
+/// Chunks of outputs that are computed together: their sums stay in the first-level cache.
+const BLOCK: usize = 16;
+
+/// Neurons whose products are added up in 16 bits.
+const TOGETHER: usize = 16;
+
+/// Asks for all lines of some bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fetch(bytes: &[u8]) {
+    for line in (0..bytes.len()).step_by(64) {
+        // SAFETY: the address lies inside the slice, and the instruction never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().add(line).cast()) }
+    }
+}
+
+/// Sums of the products of 64 codes at `weights` with those at `x`, as 16 sums of the low nibbles and 16 of the high ones.
+///
+/// # Safety
+/// 32 bytes behind `weights` and 64 behind `x` can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn products(weights: *const u8, x: *const i8) -> [__m256i; 2] {
+    let nibble = _mm256_set1_epi8(15);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let w = _mm256_loadu_si256(weights.cast());
+        let (low, high) = (_mm256_and_si256(w, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble));
+        let x = x.cast::<__m256i>();
+        [
+            _mm256_maddubs_epi16(low, _mm256_loadu_si256(x)),
+            _mm256_maddubs_epi16(high, _mm256_loadu_si256(x.add(1))),
+        ]
+    }
+}
+
+/// The scales and the zero points of up to eight groups from group `g` on, in a row's `facts`; 0 behind the last.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn facts_of(facts: &[u8], side: Side, g: usize, count: usize) -> (__m256, __m256i) {
+    let mut scales = [0u8; 16];
+    let mut zeros = [0u8; 8];
+    let (all_scales, all_zeros) = facts.split_at(2 * side.groups);
+    if let Some(eight) = all_scales.get(2 * g..2 * g + 16) {
+        scales.copy_from_slice(eight);
+    } else {
+        scales[..2 * count].copy_from_slice(&all_scales[2 * g..2 * (g + count)]);
+    }
+    if side.asymmetric {
+        zeros[..count].copy_from_slice(&all_zeros[g..g + count]);
+    }
+    // SAFETY: the arrays have 16 and 8 bytes.
+    unsafe {
+        let scales = _mm256_cvtph_ps(_mm_loadu_si128(scales.as_ptr().cast()));
+        let zeros = if side.asymmetric {
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.as_ptr().cast()))
+        } else {
+            _mm256_set1_epi32(MIDDLE)
+        };
+        (scales, zeros)
+    }
+}
+
+/// `y` with eight groups added, of which `count` exist: `sums` are those of the products.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_groups(
+    y: f32,
+    sums: __m256i,
+    facts: &[u8],
+    side: Side,
+    x: &Vector<'_>,
+    (g, count): (usize, usize),
+) -> f32 {
+    let (scales, zeros) = facts_of(facts, side, g, count);
+    let mut x_sums = [0i32; 8];
+    let mut x_scales = [0f32; 8];
+    if let (Some(sums), Some(scales)) = (x.0.sums.get(g..g + 8), x.0.scales.get(g..g + 8)) {
+        x_sums.copy_from_slice(sums);
+        x_scales.copy_from_slice(scales);
+    } else {
+        x_sums[..count].copy_from_slice(&x.0.sums[g..g + count]);
+        x_scales[..count].copy_from_slice(&x.0.scales[g..g + count]);
+    }
+    let (mut sum, mut factor) = ([0f32; 8], [0f32; 8]);
+    // SAFETY: all arrays have eight elements of four bytes.
+    unsafe {
+        let x_sums = _mm256_loadu_si256(x_sums.as_ptr().cast());
+        let sums = _mm256_sub_epi32(_mm256_slli_epi32::<4>(sums), _mm256_mullo_epi32(zeros, x_sums));
+        _mm256_storeu_ps(sum.as_mut_ptr(), _mm256_cvtepi32_ps(sums));
+        let factors = _mm256_mul_ps(scales, _mm256_loadu_ps(x_scales.as_ptr()));
+        _mm256_storeu_ps(factor.as_mut_ptr(), factors);
+    }
+    let mut y = y;
+    for i in 0..count {
+        y = f32::mul_add(sum[i], factor[i], y);
+    }
+    y
+}
+
+/// Neurons that are computed together, each in a lane of its own once a group is added up.
+const EIGHT: usize = 8;
+
+/// Groups of 32, or of whole chunks.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn eights(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
+    opaque(0); // aligns the stack
+    let chunks = x.0.stride.div_ceil(CHUNK);
+    let mut batches = active.chunks(EIGHT).peekable();
+    for out in out.chunks_mut(EIGHT) {
+        let Some(batch) = batches.next() else { break };
+        let start = |batch: &[u32], i: usize| w.row(batch[i.min(batch.len() - 1)] as usize);
+        let rows: [_; EIGHT] = std::array::from_fn(|i| start(batch, i));
+        let ahead = *batches.peek().unwrap_or(&batch);
+        let ahead: [_; EIGHT] = std::array::from_fn(|i| start(ahead, i).0.as_ptr());
+        assert!(rows.iter().all(|(codes, facts)| {
+            codes.len() == 32 * chunks && facts.len() == side.groups * if side.asymmetric { 3 } else { 2 }
+        }));
+        let (codes, facts) = (rows.map(|row| row.0.as_ptr()), rows.map(|row| row.1.as_ptr()));
+        let mut y = _mm256_setzero_ps();
+        for first in (0..side.groups).step_by(8) {
+            let count = 8.min(side.groups - first);
+            // SAFETY: `codes` have 32 bytes for each chunk, of which a group of 32 takes one half and another one all; behind
+            // `facts` there are at least 16 bytes of the bundle, so eight groups can be read even if fewer exist.
+            unsafe {
+                let mut sums = [_mm256_setzero_si256(); 8];
+                if side.group == 32 {
+                    for pair in 0..count.div_ceil(2) {
+                        let chunk = first / 2 + pair;
+                        fetch_chunk(&ahead, chunk);
+                        let [low, high] = two_groups(&codes, chunk, x);
+                        (sums[2 * pair], sums[2 * pair + 1]) = (low, high);
+                    }
+                } else {
+                    for (g, sum) in (first..).zip(sums.iter_mut().take(count)) {
+                        let from = g * side.group / CHUNK;
+                        let to = chunks.min((g + 1) * side.group.next_multiple_of(CHUNK) / CHUNK);
+                        *sum = one_group(&codes, from, to, x, &ahead);
+                    }
+                }
+                let scales = turned(&facts, 2 * first);
+                let zeros = if side.asymmetric {
+                    turned_bytes(&facts, 2 * side.groups + first)
+                } else {
+                    [_mm_setzero_si128(); 8]
+                };
+                for i in 0..count {
+                    let (x_scale, x_sum) = (x.0.scales[first + i], x.0.sums[first + i]);
+                    let offset = if side.asymmetric {
+                        _mm256_mullo_epi32(_mm256_cvtepu8_epi32(zeros[i]), _mm256_set1_epi32(x_sum))
+                    } else {
+                        _mm256_set1_epi32(MIDDLE * x_sum)
+                    };
+                    let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32::<4>(sums[i]), offset));
+                    let scale = _mm256_mul_ps(_mm256_cvtph_ps(scales[i]), _mm256_set1_ps(x_scale));
+                    y = _mm256_fmadd_ps(sum, scale, y);
+                }
+            }
+        }
+        let mut all = [0f32; EIGHT];
+        // SAFETY: there are eight.
+        unsafe { _mm256_storeu_ps(all.as_mut_ptr(), y) }
+        out.copy_from_slice(&all[..out.len()]);
+    }
+}
+
+/// Asks for a chunk of each of some rows, one line in two calls.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fetch_chunk(rows: &[*const u8; EIGHT], chunk: usize) {
+    if chunk.is_multiple_of(2) {
+        for row in rows {
+            _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(32 * chunk).cast());
+        }
+    }
+}
+
+/// The activations of a chunk; those behind the last are 0.
+///
+/// # Safety
+/// There is such a chunk.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn activations(x: &Vector<'_>, chunk: usize) -> [__m256i; 2] {
+    // SAFETY: `x` is a multiple of 32 long.
+    unsafe {
+        let at = x.0.codes.as_ptr().add(CHUNK * chunk).cast::<__m256i>();
+        let whole = CHUNK * chunk + CHUNK <= x.0.codes.len();
+        [_mm256_loadu_si256(at), if whole { _mm256_loadu_si256(at.add(1)) } else { _mm256_setzero_si256() }]
+    }
+}
+
+/// Adds halves of 64 bits: four sums of `a`, then four of `b`, in either half.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn halves(a: __m256i, b: __m256i) -> __m256i {
+    _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+}
+
+/// The sums of eight vectors of sixteen lanes, of which [`halves`] has added up two and two.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn across(h: [__m256i; 4]) -> __m256i {
+    let quarters = |a, b| {
+        let (a, b) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
+        let (even, odd) = (_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+        _mm256_add_epi16(_mm256_castps_si256(even), _mm256_castps_si256(odd))
+    };
+    let ones = _mm256_set1_epi16(1);
+    let first = _mm256_madd_epi16(quarters(h[0], h[1]), ones);
+    let second = _mm256_madd_epi16(quarters(h[2], h[3]), ones);
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256::<0x20>(first, second),
+        _mm256_permute2x128_si256::<0x31>(first, second),
+    )
+}
+
+/// The sums of both groups of 32 in a chunk, a lane a row.
+///
+/// # Safety
+/// The rows and `x` have such a chunk.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn two_groups(rows: &[*const u8; EIGHT], chunk: usize, x: &Vector<'_>) -> [__m256i; 2] {
+    let nibble = _mm256_set1_epi8(15);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let [x0, x1] = activations(x, chunk);
+        let (mut low, mut high) = ([_mm256_setzero_si256(); 4], [_mm256_setzero_si256(); 4]);
+        for i in 0..4 {
+            let a = _mm256_loadu_si256(rows[2 * i].add(32 * chunk).cast());
+            let b = _mm256_loadu_si256(rows[2 * i + 1].add(32 * chunk).cast());
+            low[i] = halves(
+                _mm256_maddubs_epi16(_mm256_and_si256(a, nibble), x0),
+                _mm256_maddubs_epi16(_mm256_and_si256(b, nibble), x0),
+            );
+            high[i] = halves(
+                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(a), nibble), x1),
+                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(b), nibble), x1),
+            );
+        }
+        [across(low), across(high)]
+    }
+}
+
+/// The sums of a group of some chunks, a lane a row.
+///
+/// # Safety
+/// The rows and `x` have such chunks.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn one_group(
+    rows: &[*const u8; EIGHT],
+    from: usize,
+    to: usize,
+    x: &Vector<'_>,
+    ahead: &[*const u8; EIGHT],
+) -> __m256i {
+    let nibble = _mm256_set1_epi8(15);
+    let ones = _mm256_set1_epi16(1);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut v = [_mm256_setzero_si256(); EIGHT];
+        for chunk in from..to {
+            fetch_chunk(ahead, chunk);
+            let [x0, x1] = activations(x, chunk);
+            for i in 0..EIGHT {
+                let w = _mm256_loadu_si256(rows[i].add(32 * chunk).cast());
+                let low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), x0);
+                let high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble), x1);
+                v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+            }
+        }
+        across_wide(&v)
+    }
+}
+
+/// Eight rows of eight 16-bit numbers from byte `at` on, the other way round.
+///
+/// # Safety
+/// The rows have 16 bytes there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn turned(rows: &[*const u8; EIGHT], at: usize) -> [__m128i; 8] {
+    // SAFETY: the caller's promise.
+    let r = rows.map(|row| unsafe { _mm_loadu_si128(row.add(at).cast()) });
+    let words =
+        [0, 2, 4, 6].map(|i| (_mm_unpacklo_epi16(r[i], r[i + 1]), _mm_unpackhi_epi16(r[i], r[i + 1])));
+    let [a, b, c, d] = words;
+    let quads = |p, q, s, t| {
+        let (left, right) = (_mm_unpacklo_epi32(p, q), _mm_unpacklo_epi32(s, t));
+        let (left2, right2) = (_mm_unpackhi_epi32(p, q), _mm_unpackhi_epi32(s, t));
+        [
+            _mm_unpacklo_epi64(left, right),
+            _mm_unpackhi_epi64(left, right),
+            _mm_unpacklo_epi64(left2, right2),
+            _mm_unpackhi_epi64(left2, right2),
+        ]
+    };
+    let (low, high) = (quads(a.0, b.0, c.0, d.0), quads(a.1, b.1, c.1, d.1));
+    [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
+}
+
+/// Eight rows of eight bytes, the other way round; each in the low half of a vector.
+///
+/// # Safety
+/// The rows have eight bytes there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn turned_bytes(rows: &[*const u8; EIGHT], at: usize) -> [__m128i; 8] {
+    // SAFETY: the caller's promise.
+    let r = rows.map(|row| unsafe { _mm_loadl_epi64(row.add(at).cast()) });
+    let [a, b, c, d] = [0, 2, 4, 6].map(|i| _mm_unpacklo_epi8(r[i], r[i + 1]));
+    let (ab, ab2) = (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
+    let (cd, cd2) = (_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d));
+    let pairs = [
+        _mm_unpacklo_epi32(ab, cd),
+        _mm_unpackhi_epi32(ab, cd),
+        _mm_unpacklo_epi32(ab2, cd2),
+        _mm_unpackhi_epi32(ab2, cd2),
+    ];
+    let second = |v| _mm_unpackhi_epi64(v, v);
+    [
+        pairs[0],
+        second(pairs[0]),
+        pairs[1],
+        second(pairs[1]),
+        pairs[2],
+        second(pairs[2]),
+        pairs[3],
+        second(pairs[3]),
+    ]
+}
+
+/// As [`products`], of the low nibbles alone.
+///
+/// # Safety
+/// 32 bytes behind `weights` and behind `x` can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn half_products(weights: *const u8, x: *const i8) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let w = _mm256_and_si256(_mm256_loadu_si256(weights.cast()), _mm256_set1_epi8(15));
+        _mm256_maddubs_epi16(w, _mm256_loadu_si256(x.cast()))
+    }
+}
+
+/// Groups of any multiple of 32, row by row.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn rows_of_many(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
+    opaque(0); // aligns the stack
+    let steps = x.0.stride / 32;
+    let group_steps = side.group / 32;
+    let ones = _mm256_set1_epi16(1);
+    for (i, (&n, out)) in active.iter().zip(out).enumerate() {
+        if let Some(&next) = active.get(i + AHEAD) {
+            fetch(w.row(next as usize).0);
+        }
+        let (codes, facts) = w.row(n as usize);
+        assert!(codes.len() == steps.div_ceil(2) * 32 && facts.len() >= 2 * side.groups);
+        let mut y = 0.0;
+        for first in (0..side.groups).step_by(8) {
+            let count = 8.min(side.groups - first);
+            let mut v = [_mm256_setzero_si256(); 8];
+            for (v, g) in v.iter_mut().zip(first..first + count) {
+                let end = steps.min((g + 1) * group_steps);
+                let mut step = g * group_steps;
+                while step < end {
+                    let mut sum = _mm256_setzero_si256(); // at most 8 * 3810 a lane
+                    let stop = end.min(step + 8);
+                    // SAFETY: `codes` has 16 bytes for each step, in whole chunks of two, and `x` 32 activations.
+                    unsafe {
+                        let at = |step: usize| codes.as_ptr().add(step / 2 * 32);
+                        let x = |step: usize| x.0.codes.as_ptr().add(32 * step);
+                        if step % 2 == 1 {
+                            sum = high_products(at(step), x(step));
+                            step += 1;
+                        }
+                        while step + 1 < stop {
+                            let [low, high] = products(at(step), x(step));
+                            sum = _mm256_add_epi16(sum, _mm256_add_epi16(low, high));
+                            step += 2;
+                        }
+                        if step < stop {
+                            sum = _mm256_add_epi16(sum, half_products(at(step), x(step)));
+                            step += 1;
+                        }
+                    }
+                    *v = _mm256_add_epi32(*v, _mm256_madd_epi16(sum, ones));
+                }
+            }
+            y = add_groups(y, across_wide(&v), facts, side, x, (first, count));
+        }
+        *out = y;
+    }
+}
+
+/// As [`products`], of the high nibbles alone.
+///
+/// # Safety
+/// 32 bytes behind `weights` and behind `x` can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn high_products(weights: *const u8, x: *const i8) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let w = _mm256_srli_epi16::<4>(_mm256_loadu_si256(weights.cast()));
+        _mm256_maddubs_epi16(_mm256_and_si256(w, _mm256_set1_epi8(15)), _mm256_loadu_si256(x.cast()))
+    }
+}
+
+/// The sums of eight vectors of eight lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn across_wide(v: &[__m256i; 8]) -> __m256i {
+    let four = |a, b, c, d| _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    let (first, second) = (four(v[0], v[1], v[2], v[3]), four(v[4], v[5], v[6], v[7]));
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256::<0x20>(first, second),
+        _mm256_permute2x128_si256::<0x31>(first, second),
+    )
+}
+
+/// The outputs of at most [`BLOCK`] chunks.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn columns(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], chunks: Range<usize>, y: &mut [f32]) {
+    opaque(0); // aligns the stack
+    assert!(chunks.len() <= BLOCK && chunks.end <= w.chunks());
+    let mut outputs = [[0f32; CHUNK]; BLOCK];
+    let mut sums = [[0i32; CHUNK]; BLOCK];
+    let mut place = 0; // in `active`
+    for (g, members) in by_group(active, side.group) {
+        let (scales, zeros) = w.column_scales(g);
+        let (x_scale, x_sum) = (x.0.scales[g], x.0.sums[g]);
+        let mut batches = members.chunks(TOGETHER).peekable();
+        let mut begun = false;
+        while let Some(batch) = batches.next() {
+            let mut bytes = [std::ptr::null(); TOGETHER];
+            let mut factors = [0i32; TOGETHER / 2];
+            for (i, &n) in batch.iter().enumerate() {
+                bytes[i] = w.column(n as usize)[32 * chunks.start..].as_ptr();
+                let code = u32::from(x.0.codes[n as usize].cast_unsigned());
+                factors[i / 2] |= (code << (8 * (i % 2)) | code << (8 * (i % 2) + 16)).cast_signed();
+            }
+            if batch.len() % 2 == 1 {
+                bytes[batch.len()] = bytes[batch.len() - 1]; // times 0
+            }
+            place += batch.len();
+            let mut ahead = [std::ptr::null(); TOGETHER];
+            let next = active[place..].iter().take(TOGETHER);
+            for (ahead, &n) in ahead.iter_mut().zip(next) {
+                *ahead = w.column(n as usize)[32 * chunks.start..].as_ptr();
+            }
+            let next = active.get(place).map_or(g, |&n| n as usize / side.group);
+            let (next_scales, next_zeros) = w.column_scales(next);
+            let pairs = batch.len().div_ceil(2);
+            let (bytes, factors) = (&bytes[..2 * pairs], &factors[..pairs]);
+            let last = batches.peek().is_none();
+            for (c, sums) in sums.iter_mut().take(chunks.len()).enumerate() {
+                if c % 2 == 0 {
+                    for next in ahead {
+                        _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(32 * c).cast());
+                    }
+                }
+                // SAFETY: all of `bytes` have 32 bytes for each of the chunks.
+                let mut v = unsafe { chunk(bytes, factors, 32 * c) };
+                // SAFETY: sums and outputs have 64 elements, and the scales and zero points as many for each of all chunks.
+                unsafe {
+                    let at = sums.as_mut_ptr().cast::<__m256i>();
+                    if begun {
+                        for (i, v) in v.iter_mut().enumerate() {
+                            *v = _mm256_add_epi32(*v, _mm256_loadu_si256(at.add(i)));
+                        }
+                    }
+                    if last {
+                        let place = (chunks.start + c) * CHUNK;
+                        let at = next_scales.as_ptr().wrapping_add(2 * place);
+                        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(64).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(next_zeros.as_ptr().wrapping_add(place).cast());
+                        let scales = &scales[2 * place..][..2 * CHUNK];
+                        let zeros = if side.asymmetric { &zeros[place..][..CHUNK] } else { zeros };
+                        finish(&v, scales, zeros, side.asymmetric, x_scale, x_sum, &mut outputs[c]);
+                    } else {
+                        for (i, v) in v.iter().enumerate() {
+                            _mm256_storeu_si256(at.add(i), *v);
+                        }
+                    }
+                }
+            }
+            begun = true;
+        }
+    }
+    for (y, outputs) in y.chunks_mut(CHUNK).zip(&outputs) {
+        y.copy_from_slice(&outputs[..y.len()]);
+    }
+}
+
+/// The sums of the products of up to sixteen neurons for the 64 outputs from byte `at` on, eight outputs a vector.
+///
+/// # Safety
+/// Each of `bytes` has 32 bytes from `at` on, and there are two for each of `factors`, at most sixteen.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn chunk(bytes: &[*const u8], factors: &[i32], at: usize) -> [__m256i; 8] {
+    let nibble = _mm256_set1_epi8(15);
+    let mut v = [_mm256_setzero_si256(); 4];
+    for (pair, &factor) in bytes.chunks_exact(2).zip(factors) {
+        // SAFETY: the caller's promise.
+        let (a, b) = unsafe {
+            let load = |bytes: *const u8| _mm256_loadu_si256(bytes.add(at).cast());
+            (load(pair[0]), load(pair[1]))
+        };
+        let x = _mm256_set1_epi32(factor);
+        // Outputs 0 to 7 and 16 to 23, then 8 to 15 and 24 to 31; and those 32 further on in the high nibbles.
+        for (i, w) in [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)].into_iter().enumerate() {
+            let (low, high) =
+                (_mm256_and_si256(w, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble));
+            v[i] = _mm256_add_epi16(v[i], _mm256_maddubs_epi16(low, x));
+            v[2 + i] = _mm256_add_epi16(v[2 + i], _mm256_maddubs_epi16(high, x));
+        }
+    }
+    let low = |v| _mm256_cvtepi16_epi32(_mm256_castsi256_si128(v));
+    let high = |v| _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(v));
+    [low(v[0]), low(v[1]), high(v[0]), high(v[1]), low(v[2]), low(v[3]), high(v[2]), high(v[3])]
+}
+
+/// The end of a group: `y += (scale * x_scale) * (16 * sums - zero * x_sum)`.
+///
+/// # Safety
+/// `scales` has 128 bytes and, if `asymmetric`, `zeros` 64.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn finish(
+    v: &[__m256i; 8],
+    scales: &[u8],
+    zeros: &[u8],
+    asymmetric: bool,
+    x_scale: f32,
+    x_sum: i32,
+    y: &mut [f32; CHUNK],
+) {
+    let x_scale = _mm256_set1_ps(x_scale);
+    let middle = _mm256_set1_epi32(MIDDLE * x_sum);
+    for (i, v) in v.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scale = _mm256_cvtph_ps(_mm_loadu_si128(scales.as_ptr().add(16 * i).cast()));
+            let offset = if asymmetric {
+                let zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.as_ptr().add(8 * i).cast()));
+                _mm256_mullo_epi32(zero, _mm256_set1_epi32(x_sum))
+            } else {
+                middle
+            };
+            let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32::<4>(*v), offset));
+            let y = y.as_mut_ptr().add(8 * i);
+            _mm256_storeu_ps(y, _mm256_fmadd_ps(sum, _mm256_mul_ps(scale, x_scale), _mm256_loadu_ps(y)));
+        }
+    }
+}

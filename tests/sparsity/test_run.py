@@ -1,0 +1,240 @@
+"""Thresholds at work: beside transformers with the same ones, and in folders."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import nybble
+from nybble.compress import compress
+from nybble.errors import ArgumentError, FormatError, UnsupportedError
+from nybble.eval import ppl_sparsity
+from nybble.sparsity import Thresholds, make, observe
+from plain import ids
+from tiny import write_llama, write_tokenizer
+
+torch = pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("transformers", reason="needs transformers")
+
+from families import distance, reference_logits  # noqa: E402
+from families import make as make_family  # noqa: E402
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def cut(x, threshold):
+    return torch.where(x.abs() <= threshold, 0.0, x)
+
+
+def off_values(limits):
+    """Move thresholds off the values they were found on, which two programs compute to 1e-7."""
+    inputs = {name: value * 1.0007 for name, value in limits.inputs.items()}
+    neurons = None if limits.neurons is None else limits.neurons * np.float32(1.0007)
+    return Thresholds(neurons, inputs, limits.active)
+
+
+def masked(model, thresholds):
+    """Put thresholds into a transformers Llama by hooks."""
+
+    def input_hook(threshold):
+        return lambda _, args: (cut(args[0], threshold),)
+
+    for layer, limits in zip(model.model.layers, thresholds, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        at = {
+            "q": [attention.q_proj],
+            "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "out": [attention.o_proj],
+            "gate_up": [mlp.gate_proj, mlp.up_proj],
+            "down": [mlp.down_proj],
+        }
+        for name, threshold in limits.inputs.items():
+            for linear in at[name]:
+                linear.register_forward_pre_hook(input_hook(threshold))
+        if limits.neurons is not None:
+            act, limit = mlp.act_fn, torch.from_numpy(limits.neurons)
+            mlp.act_fn = torch.nn.Module()
+            mlp.act_fn.forward = lambda x, act=act, limit=limit: cut(act(x), limit)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "cats", "sparsity": 0.6},
+        {"name": "chess", "sparsity": 0.5},
+        {"name": "chess", "sparsity": 0.3, "attention": 0.4},
+        {"name": "teal", "sparsity": 0.4},
+    ],
+)
+def test_logits_are_those_of_the_masked_model(settings, tmp_path):
+    reference = make_family("llama")
+    reference.save_pretrained(tmp_path)
+    model = nybble.load(tmp_path, 2)
+    vocab = model.vocab_size
+    windows = np.random.default_rng(0).integers(0, vocab, (4, 48))
+    thresholds = [off_values(make(settings).fit(seen)) for seen in observe(model.raw, windows)]
+    dense = model.forward(windows[0])
+    model.sparsify(thresholds)
+    masked(reference, thresholds)
+    for window in windows:
+        found = model.forward(window)
+        wanted = reference_logits(reference, window.tolist())
+        assert distance(found, wanted) < 1e-4
+    # Token by token: the same bits.
+    session = model.session()
+    single = np.concatenate([session.forward([token], "all") for token in window])
+    assert np.array_equal(single, found)
+    model.sparsify("off")
+    assert np.array_equal(model.forward(windows[0]), dense)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sparse")
+    folder = write_llama(place / "llama", hidden=64, inner=160, seed=3)
+    write_tokenizer(folder)
+    text = place / "text.txt"
+    text.write_text("the cat sat on the mat. a small model runs fast on the CPU. hello 123\n" * 80)
+    return folder, text
+
+
+@pytest.fixture(scope="module")
+def sparse_folder(source, tmp_path_factory):
+    folder, text = source
+    out = tmp_path_factory.mktemp("out") / "chess"
+    recipe = {
+        "sparsity": {"name": "chess", "sparsity": 0.7},
+        "calibration": {"tokens": 512, "context": 64},
+    }
+    report = compress(folder, out, recipe=recipe, calibration=text, threads=2)
+    assert any("neurons are 0" in note for note in report.notes)
+    return out
+
+
+def test_a_folder_has_its_thresholds(sparse_folder):
+    config = json.loads((sparse_folder / "config.json").read_text())
+    said = config["nybble"]["run"]["sparsity"]
+    assert said == {"name": "chess", "sparsity": 0.7}
+    arrays = load_file(sparse_folder / "sparsity.safetensors")
+    assert arrays["layers.1.neurons"].shape == (160,)
+    assert arrays["active"] == pytest.approx([0.3, 0.3], abs=0.01)
+    model = nybble.load(sparse_folder, 2)
+    dense = nybble.load(sparse_folder, 2, sparsity="off")
+    tokens = ids(40)
+    assert np.abs(model.forward(tokens) - dense.forward(tokens)).max() > 1e-3
+    stored = model.raw.sparsity().thresholds()
+    again = nybble.load(sparse_folder, 2, sparsity=[Thresholds(n, active=a) for n, _, a in stored])
+    assert np.array_equal(again.forward(tokens), model.forward(tokens))
+
+
+@pytest.mark.parametrize("draft", ["off", "recycle,ngram"])
+def test_skipping_changes_no_bit(sparse_folder, draft):
+    """Whatever the probe finds, tokens and logits are the same."""
+    stored = nybble.load(sparse_folder, 2).raw.sparsity().thresholds()
+    thresholds = [Thresholds(n, active=a) for n, _, a in stored]
+    tokens = ids(30)
+    found = []
+    for dense_seconds, layers in ((1e-9, 0), (1.0, 2)):
+        model = nybble.load(sparse_folder, 2, sparsity="off", draft=draft)
+        model.sparsify(thresholds, probe=False)
+        known = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
+        assert json.loads(model._sparsity.probe(model.raw, json.dumps(known))) == known
+        assert model._sparsity.sparse_layers() == layers
+        assert (model._sparsity.bytes() > 0) == (layers > 0)
+        result = model.generate(tokens, 40, ignore_end=True)
+        session = model.session()
+        logits = [session.forward([token]) for token in tokens]
+        assert np.array_equal(np.concatenate(logits), model.forward(tokens))
+        metrics = result.metrics["sparsity"]
+        assert metrics["sparse_layers"] == layers
+        if layers and draft == "off":
+            assert metrics["sparse_blocks"] == 2 * 39
+            assert 0.4 < metrics["inactive_neurons"] < 0.95
+        found.append((result.tokens, np.concatenate(logits)))
+    assert found[0][0] == found[1][0]
+    assert np.array_equal(found[0][1], found[1][1])
+
+
+def test_times_are_kept(sparse_folder):
+    from nybble.speculate import times
+
+    model = nybble.load(sparse_folder, 2)
+    file = times.path(model.info, "sparsity")
+    kept = times.stored(file)
+    assert kept["dense"] > 0
+    assert [share for share, _ in kept["sparse"]] == [0.1, 0.3, 0.5, 0.7]
+    file.write_text('{"dense": "fast"}')
+    nybble.load(sparse_folder, 2)
+    assert times.stored(file)["dense"] > 0
+
+
+def test_wrong_thresholds_are_named(sparse_folder, tmp_path):
+    model = nybble.load(sparse_folder, 2)
+    good = [Thresholds(np.zeros(160, np.float32)) for _ in range(2)]
+    for wrong, words in [
+        (good[:1], "model's 2 layers, found 1"),
+        ([good[0], Thresholds(np.zeros(96, np.float32))], r"layers\.1\.neurons: expected 160"),
+        ([good[0], Thresholds(np.full(160, -1, np.float32))], "at least 0, found -1"),
+        ([good[0], Thresholds(np.full(160, np.nan, np.float32))], "found NaN"),
+        ([good[0], Thresholds(inputs={"out": -0.5})], r"layers\.1\.inputs"),
+        ([good[0], Thresholds(inputs={"qvk": 0.5})], "did you mean qkv"),
+        ([good[0], Thresholds(active=1.5)], "active"),
+        ("on", "thresholds or 'off'"),
+    ]:
+        with pytest.raises(ArgumentError, match=words):
+            model.sparsify(wrong)
+    for change, words in [
+        (lambda arrays: arrays.pop("active"), "active"),
+        (lambda arrays: arrays.update({"active": np.ones(3, np.float32)}), "2 layers"),
+        (lambda arrays: arrays.pop("layers.0.inputs"), "layers.0.inputs"),
+        (lambda arrays: arrays["layers.0.neurons"].fill(np.nan), "layers.0.neurons"),
+        (
+            lambda arrays: arrays.update({"layers.1.neurons": np.ones(96, np.float32)}),
+            "160 values, found 96",
+        ),
+        (lambda arrays: arrays.update({"layers.1.inputs": np.ones(5, np.int32)}), "F32"),
+    ]:
+        folder = tmp_path / "broken"
+        shutil.copytree(sparse_folder, folder)
+        arrays = load_file(folder / "sparsity.safetensors")
+        change(arrays)
+        save_file(arrays, folder / "sparsity.safetensors")
+        with pytest.raises(FormatError, match=words):
+            nybble.load(folder)
+        shutil.rmtree(folder)
+    folder = tmp_path / "absent"
+    shutil.copytree(sparse_folder, folder)
+    (folder / "sparsity.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"sparsity\.safetensors"):
+        nybble.load(folder)
+
+
+def test_what_a_family_cannot_cut_is_refused(tmp_path):
+    make_family("bloom").save_pretrained(tmp_path)
+    model = nybble.load(tmp_path, 1)
+    layers = model.info["layers"]
+    with pytest.raises(UnsupportedError, match="queries alone"):
+        model.sparsify([Thresholds(inputs={"q": 0.1})] * layers)
+    # Without a gate neurons are cut by the activation function's values.
+    windows = np.random.default_rng(1).integers(0, model.vocab_size, (2, 32))
+    thresholds = [make({"name": "cats"}).fit(seen) for seen in observe(model.raw, windows)]
+    dense = model.forward(windows[0])
+    model.sparsify(thresholds)
+    assert np.abs(model.forward(windows[0]) - dense).max() > 0
+
+
+def test_the_search_stays_within_the_price(source, tmp_path):
+    folder, text = source
+    model = nybble.load(folder, 2)
+    windows = np.random.default_rng(0).integers(3, 290, (4, 64))
+    found = ppl_sparsity(model, text, windows, 2.0, context=64, max_tokens=512, steps=5)
+    assert found.method == "chess"
+    assert len(found.tried) == 5
+    assert found.perplexity <= found.dense_perplexity * 1.02
+    for sparsity, value in found.tried:
+        assert (value <= found.dense_perplexity * 1.02) == (sparsity <= found.sparsity)
+    with pytest.raises(ArgumentError, match="percent"):
+        ppl_sparsity(model, text, windows, 0)
