@@ -11,6 +11,7 @@ from typing_extensions import Buffer, Self
 
 __all__ = [
     "Checkpoint",
+    "Encoder",
     "Generator",
     "Model",
     "SafeTensorsWriter",
@@ -19,6 +20,7 @@ __all__ = [
     "StagedFolder",
     "build_datastore",
     "doctor",
+    "encoder_types",
     "gptq",
     "read_bandwidth",
     "rtn",
@@ -99,6 +101,18 @@ class Checkpoint:
     def gguf_metadata(self) -> dict[str, Any]: ...
 
 @final
+class Encoder:
+    @staticmethod
+    def open(
+        path: _Path,
+        threads: int | None = None,
+        kv: str | None = None,
+        mmap: bool = True,
+    ) -> Encoder: ...
+    def info(self) -> str: ...
+    def encode(self, pixels: _Floats) -> tuple[_Floats, _Floats, _Floats]: ...
+
+@final
 class SafeTensorsWriter:
     def __new__(cls, path: _Path, entries: Sequence[tuple[str, str, Sequence[int]]]) -> Self: ...
     def write(self, name: str, data: Buffer) -> None: ...
@@ -139,5 +153,6 @@ def gptq(
 ) -> tuple[_Bytes, _Floats, _Floats | None]: ...
 def build_datastore(path: _Path, tokens: _Ids, vocab: int) -> None: ...
 def doctor() -> str: ...
+def encoder_types() -> list[str]: ...
 def read_bandwidth(threads: int, megabytes: int) -> float: ...
 def version() -> str: ...

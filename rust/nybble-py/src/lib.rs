@@ -11,6 +11,7 @@
 mod array;
 mod checkpoint;
 mod doctor;
+mod encoder;
 mod error;
 mod generator;
 mod metadata;
@@ -30,6 +31,8 @@ mod _nybble {
     use super::checkpoint::Checkpoint;
     #[pymodule_export]
     use super::doctor::{doctor, read_bandwidth, version};
+    #[pymodule_export]
+    use super::encoder::{Encoder, encoder_types};
     #[pymodule_export]
     use super::generator::Generator;
     #[pymodule_export]

@@ -1,7 +1,10 @@
 //! The parts of a layer, with their packed weights.
 
+use std::sync::Arc;
+
 use super::linear::{Linear, Run};
 use super::spec::{Activation, NormKind};
+use crate::pack::Packed;
 
 /// A norm.
 #[derive(Debug)]
@@ -38,6 +41,7 @@ pub(super) struct Block {
     pub(super) pre: Option<Norm>,
     pub(super) post: Option<Norm>,
     pub(super) after: Option<Norm>,
+    pub(super) scale: Option<Vec<f32>>, // [hidden]
     pub(super) residual_is_normed: bool,
 }
 
@@ -61,6 +65,7 @@ pub(super) struct Attention {
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) scale: f32,
+    pub(super) causal: bool,
     pub(super) window: Option<usize>,
     pub(super) softcap: Option<f32>,
     pub(super) slopes: Option<Vec<f32>>, // [heads]
@@ -100,6 +105,7 @@ impl Mlp {
         match self.activation {
             Activation::GeluTanh => elementwise.gelu_tanh(out),
             Activation::GeluErf => elementwise.gelu_erf(out),
+            Activation::GeluQuick => elementwise.gelu_quick(out),
             // Plain SiLU is refused when the configuration is read.
             Activation::Relu | Activation::Silu => elementwise.relu(out),
         }
@@ -113,4 +119,12 @@ pub(super) struct Layer {
     pub(super) attention_block: Block,
     pub(super) mlp: Mlp,
     pub(super) mlp_block: Block,
+}
+
+impl Layer {
+    /// Its packed matrices.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Arc<Packed>> {
+        let linears = [&self.attention.qkv, &self.attention.out, &self.mlp.gate_up, &self.mlp.down];
+        linears.into_iter().flat_map(Linear::weights)
+    }
 }

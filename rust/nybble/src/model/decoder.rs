@@ -25,17 +25,17 @@ use crate::pack::Packed;
 /// Buffers of the forward pass.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    x: Vec<f32>,       // [n, hidden]           the residual stream
-    xb: Vec<f32>,      // [n, hidden]           x after a norm
-    h: Vec<f32>,       // [n, hidden]           what a block adds to x
-    narrow: Vec<f32>,  // [n, embedding width]  on the other side of a projection
-    qkv: Vec<f32>,     // [n, q + k + v]
-    normed: Vec<f32>,  // [n, q + k + v]        the same with normed heads
-    att: Vec<f32>,     // [n, q]                weighted values
-    gate_up: Vec<f32>, // [n, 2 inner] or [n, inner]
-    inner: Vec<f32>,   // [n, inner]            after the activation
-    rounded: Activations,
-    attention: attention::Scratch,
+    pub(super) x: Vec<f32>,       // [n, hidden]           the residual stream
+    pub(super) xb: Vec<f32>,      // [n, hidden]           x after a norm
+    pub(super) h: Vec<f32>,       // [n, hidden]           what a block adds to x
+    narrow: Vec<f32>,             // [n, embedding width]  on the other side of a projection
+    pub(super) qkv: Vec<f32>,     // [n, q + k + v]
+    normed: Vec<f32>,             // [n, q + k + v]        the same with normed heads
+    pub(super) att: Vec<f32>,     // [n, q]                weighted values
+    pub(super) gate_up: Vec<f32>, // [n, 2 inner] or [n, inner]
+    pub(super) inner: Vec<f32>,   // [n, inner]            after the activation
+    pub(super) rounded: Activations,
+    pub(super) attention: attention::Scratch,
 }
 
 impl Session {
@@ -116,7 +116,7 @@ impl Session {
 }
 
 /// Gives a buffer its length; what it holds does not matter.
-fn fit(buffer: &mut Vec<f32>, len: usize) {
+pub(super) fn fit(buffer: &mut Vec<f32>, len: usize) {
     buffer.resize(len, 0.0);
 }
 
@@ -169,8 +169,8 @@ fn look_up(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// After a block: `x = after(residual + post(h))`.
-fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
+/// After a block: `x = after(residual + scale * post(h))`.
+pub(super) fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
     if block.residual_is_normed {
         s.x.copy_from_slice(&s.xb);
     }
@@ -178,25 +178,34 @@ fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
         norm.rows(run, &s.h, &mut s.xb);
         std::mem::swap(&mut s.h, &mut s.xb);
     }
-    add(run, &mut s.x, &s.h);
+    add(run, &mut s.x, &s.h, block.scale.as_deref());
     if let Some(norm) = &block.after {
         norm.rows(run, &s.x, &mut s.xb);
         std::mem::swap(&mut s.x, &mut s.xb);
     }
 }
 
-/// `x += y`, on several threads when there is much of it.
-fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
+/// `x += y`, or `x += y * scale` with a factor for each column, on several threads when there is much of it.
+fn add(run: Run<'_>, x: &mut [f32], y: &[f32], scale: Option<&[f32]>) {
     const MUCH: usize = 1 << 15;
     let elementwise = run.kernels.elementwise;
-    if x.len() < MUCH {
-        return elementwise.add_assign(x, y);
-    }
-    run.pool.split_rows(x, 1, &|first, part| elementwise.add_assign(part, &y[first..first + part.len()]));
+    let width = scale.map_or(1, <[f32]>::len);
+    let add = |first: usize, part: &mut [f32]| {
+        let y = &y[first * width..][..part.len()];
+        match scale {
+            None => elementwise.add_assign(part, y),
+            Some(scale) => {
+                for (x, y) in part.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+                    elementwise.add_scaled(x, y, scale);
+                }
+            }
+        }
+    };
+    if x.len() < MUCH { add(0, x) } else { run.pool.split_rows(x, width, &add) }
 }
 
 /// `[q | k | v] = qkv(xb)` with the block's input `xb`, with normed heads and turned to their positions where the model has that.
-fn project(
+pub(super) fn project(
     run: Run<'_>,
     block: &Block,
     attention: &Attention,
@@ -237,12 +246,13 @@ fn project(
 }
 
 /// How the heads of a layer attend.
-fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Shape<'a> {
+pub(super) fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Shape<'a> {
     attention::Shape {
         heads: attention.heads,
         kv_heads: attention.kv_heads,
         head_dim: attention.head_dim,
         scale: attention.scale,
+        causal: attention.causal,
         window: attention.window,
         alibi: attention.slopes.as_deref(),
         softcap: attention.softcap,
@@ -274,7 +284,7 @@ fn attend(
 }
 
 /// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`.
-fn feed_forward(
+pub(super) fn feed_forward(
     run: Run<'_>,
     block: &Block,
     mlp: &Mlp,

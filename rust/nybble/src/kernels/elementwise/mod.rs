@@ -18,8 +18,10 @@ macro_rules! tier {
             fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
             fn gelu_tanh(x: &mut [f32]);
             fn gelu_erf(x: &mut [f32]);
+            fn gelu_quick(x: &mut [f32]);
             fn relu(x: &mut [f32]);
             fn add_assign(x: &mut [f32], y: &[f32]);
+            fn add_scaled(x: &mut [f32], y: &[f32], by: &[f32]);
             fn scale(x: &mut [f32], by: f32);
             fn softcap(x: &mut [f32], cap: f32);
         }
@@ -50,10 +52,14 @@ pub trait Elementwise: Sync {
     fn gelu_tanh(&self, x: &mut [f32]);
     /// `x = gelu(x)`, the exact form with the error function.
     fn gelu_erf(&self, x: &mut [f32]);
+    /// `x = x * sigmoid(1.702 x)`, the quick form of GELU.
+    fn gelu_quick(&self, x: &mut [f32]);
     /// `x = max(x, 0)`; NaN stays NaN.
     fn relu(&self, x: &mut [f32]);
     /// `x += y`.
     fn add_assign(&self, x: &mut [f32], y: &[f32]);
+    /// `x += y * by`.
+    fn add_scaled(&self, x: &mut [f32], y: &[f32], by: &[f32]);
     /// `x *= by`.
     fn scale(&self, x: &mut [f32], by: f32);
     /// `x = cap * tanh(x / cap)`: a smooth limit.
@@ -101,6 +107,7 @@ mod loops {
     gated!(gelu_tanh_mul, math::gelu_tanh);
     each!(gelu_tanh(x) => math::gelu_tanh(x));
     each!(gelu_erf(x) => math::gelu_erf(x));
+    each!(gelu_quick(x) => math::gelu_quick(x));
     each!(relu(x) => if x < 0.0 { 0.0 } else { x });
     each!(scale(x, by) => x * by);
     each!(softcap(x, cap) => cap * math::tanh(x / cap));
@@ -110,6 +117,14 @@ mod loops {
         assert_eq!(x.len(), y.len(), "both of one length");
         for i in 0..x.len() {
             x[i] += y[i];
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_scaled(x: &mut [f32], y: &[f32], by: &[f32]) {
+        assert!(x.len() == y.len() && x.len() == by.len(), "all of one length");
+        for i in 0..x.len() {
+            x[i] += y[i] * by[i];
         }
     }
 }
