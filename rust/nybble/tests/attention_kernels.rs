@@ -389,14 +389,14 @@ fn expected(case: &Case, exact: &[Vec<Vec<f64>>], n: usize, statistic: Statistic
     match statistic {
         Statistic::Given { key } => queries
             .map(|i| {
-                let seen = (case.first(i)..=i).contains(&key);
+                let seen = (case.first(i)..=case.last(i)).contains(&key);
                 exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
             })
             .collect(),
         Statistic::Received => {
             let mut received = vec![0.0; case.len];
             for i in queries {
-                for (p, key) in exact[i].iter().flatten().zip((case.first(i)..=i).cycle()) {
+                for (p, key) in exact[i].iter().flatten().zip((case.first(i)..=case.last(i)).cycle()) {
                     received[key] += p;
                 }
             }
