@@ -7,7 +7,7 @@ use nybble::kernels::attention::KvType;
 use nybble::model::LoadOptions;
 use pyo3::prelude::*;
 
-use crate::array::matrix;
+use crate::array::{matrix, values};
 use crate::error::{run, run_in_background, run_until_signal};
 use crate::model::{access, to_json};
 
@@ -47,15 +47,8 @@ impl Encoder {
     /// `pixels [images, channels, height, width]`.
     fn encode<'py>(&self, py: Python<'py>, pixels: PyReadonlyArray4<'py, f32>) -> PyResult<Encoded<'py>> {
         let shape: [usize; 4] = std::array::from_fn(|i| pixels.shape()[i]);
-        let pixels = pixels.as_array();
-        let copied; // where they are in another order or have gaps
-        let values = if let Some(values) = pixels.as_slice() {
-            values
-        } else {
-            copied = pixels.iter().copied().collect::<Vec<_>>();
-            &copied
-        };
-        let done = run_until_signal(py, |stop| self.core.encode(values, shape, stop))?;
+        let values = values(&pixels);
+        let done = run_until_signal(py, |stop| self.core.encode(&values, shape, stop))?;
         let spec = self.core.spec();
         let images = done.images;
         let tokens = (done.tokens.len() / spec.hidden).checked_div(images).unwrap_or(0);

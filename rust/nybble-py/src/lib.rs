@@ -16,6 +16,7 @@ mod error;
 mod generator;
 mod metadata;
 mod model;
+mod score;
 mod session;
 mod solve;
 mod speculator;
@@ -37,6 +38,11 @@ mod _nybble {
     use super::generator::Generator;
     #[pymodule_export]
     use super::model::Model;
+    #[pymodule_export]
+    use super::score::{
+        attention_received, attention_row, best_matches, bipartite, cosines, emphasise, informative_heads,
+        pagerank, pagerank_iterations, top_k,
+    };
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]

@@ -246,6 +246,18 @@ fn check_elementwise(isa: Isa) {
         in_place(&|k, x| k.gelu_quick(x), "gelu_quick");
         let by = numbers.take(n);
         let added_scaled = in_place(&|k, x| k.add_scaled(x, &y, &by), "add_scaled");
+        for count in [0, 1, 3, 4, 5, 9] {
+            let (rows, weights) = (numbers.take(n * count), numbers.take(count));
+            let summed = in_place(&|k, x| k.add_rows(x, &rows, &weights), "add_rows");
+            for i in 0..n {
+                let mut expected = x[i];
+                for (row, weight) in weights.iter().enumerate() {
+                    expected += weight * rows[row * n + i];
+                }
+                let same = summed[i].is_nan() && expected.is_nan() || summed[i] == expected;
+                assert!(same, "add_rows of {count} to {}: {}, {expected}", x[i], summed[i]);
+            }
+        }
         let gated = |f: &dyn Fn(&dyn elementwise::Elementwise, &mut [f32]), what: &str| in_place(f, what);
         let silu_mul = gated(&|k, out| k.silu_mul(&x, &y, out), "silu_mul");
         let gelu_mul = gated(&|k, out| k.gelu_tanh_mul(&x, &y, out), "gelu_tanh_mul");
