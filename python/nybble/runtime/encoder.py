@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nybble import _nybble
     from nybble.runtime.images import Picture
+    from nybble.tokens import PatchMethod
 
 __all__ = ["Encoding", "ImageEncoder", "Prediction"]
 
@@ -44,16 +45,30 @@ class Encoding:
         Class scores ``[images, labels]``; ``None`` without a classifier.
     grid
         Rows and columns of patches.
+    places
+        With pruned tokens, which patch each token behind the learned ones is, ``[images, tokens]``,
+        counted row by row; the largest number of the type for one that several were merged into.
+        ``None`` where nothing was pruned.
     """
 
     tokens: npt.NDArray[np.float32]
     embedding: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
     grid: tuple[int, int]
+    places: npt.NDArray[np.uint32] | None = None
 
     @property
     def patches(self) -> npt.NDArray[np.float32]:
-        """The patches' tokens, ``[images, rows, columns, hidden]``."""
+        """The patches' tokens, ``[images, rows, columns, hidden]``.
+
+        Raises
+        ------
+        ArgumentError
+            When some were pruned.
+        """
+        if self.places is not None:
+            message = "patches: expected all of them, found pruned tokens; see places"
+            raise ArgumentError(message)
         rows, cols = self.grid
         images, tokens, hidden = self.tokens.shape
         return self.tokens[:, tokens - rows * cols :].reshape(images, rows, cols, hidden)
@@ -194,6 +209,7 @@ class ImageEncoder:
         images: Picture | Sequence[Picture] | npt.NDArray[np.float32],
         *,
         size: int | tuple[int, int] | None = None,
+        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
     ) -> Encoding:
         """Encode images.
 
@@ -205,11 +221,16 @@ class ImageEncoder:
             of the patch; where they are not those of the training, positions are interpolated.
         size
             As for :meth:`preprocess`.
+        tokens
+            Which patches the deeper layers do without: a method in
+            :data:`nybble.tokens.PATCH_METHODS`, its name, or a mapping with its ``name`` and its
+            settings. It is faster and changes the result.
 
         Raises
         ------
         NybbleError
-            For an image that cannot be read or has an impossible size.
+            For an image that cannot be read or has an impossible size, and for a method that does
+            not fit the model.
         """
         import numpy as np
 
@@ -223,14 +244,35 @@ class ImageEncoder:
             pixels: npt.NDArray[np.float32] = images  # type: ignore[assignment]  # just checked
         else:
             pixels = self.preprocess(images, size)  # type: ignore[arg-type]  # checked there
-        tokens, embedding, logits = self.raw.encode(pixels)
+        states, embedding, logits, places = self.raw.encode(pixels, _policy(tokens))
         high, wide = self.info["patch"]
         return Encoding(
-            tokens=tokens,
+            tokens=states,
             embedding=embedding,
             logits=logits if self.info["labels"] else None,
             grid=(pixels.shape[2] // high, pixels.shape[3] // wide),
+            places=places,
         )
+
+    def macs(
+        self,
+        size: int | tuple[int, int] | None = None,
+        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+    ) -> int:
+        """Return the multiplications with additions that an image takes.
+
+        Those of the linears and of attention; choosing tokens is not counted.
+
+        Parameters
+        ----------
+        size
+            Height and width; by default what the positions were learned for.
+        tokens
+            As for :meth:`encode`.
+        """
+        sides = self.info["image"] if size is None else size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        return self.raw.macs(count("size", height), count("size", width), _policy(tokens))
 
     def classify(
         self,
@@ -238,12 +280,13 @@ class ImageEncoder:
         top: int = 5,
         *,
         size: int | tuple[int, int] | None = None,
+        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
     ) -> list[list[Prediction]]:
         """Return the likeliest classes of each image, best first.
 
         Parameters
         ----------
-        images, size
+        images, size, tokens
             As for :meth:`encode`.
         top
             Most classes to return.
@@ -259,7 +302,7 @@ class ImageEncoder:
         if not self.info["labels"]:
             message = f"{self.path}: classifying is not supported: the model has no classifier"
             raise UnsupportedError(message)
-        logits = self.encode(images, size=size).logits
+        logits = self.encode(images, size=size, tokens=tokens).logits
         assert logits is not None  # there are labels
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
@@ -272,3 +315,13 @@ class ImageEncoder:
 
     def __repr__(self) -> str:
         return f"ImageEncoder({str(self.path)!r}, {self.info.get('family')})"
+
+
+def _policy(tokens: PatchMethod | Mapping[str, Any] | str | None) -> str | None:
+    """Return a policy of token reduction as the extension reads it."""
+    if tokens is None:
+        return None
+    from nybble.tokens import PATCH_METHODS
+    from nybble.tokens.patches import patch_settings
+
+    return json.dumps(patch_settings(tokens, PATCH_METHODS))

@@ -393,6 +393,18 @@ fn expected(case: &Case, exact: &[Vec<Vec<f64>>], n: usize, statistic: Statistic
                 exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
             })
             .collect(),
+        Statistic::Each => {
+            let mut each = vec![0.0; case.heads * n * case.len];
+            for i in queries {
+                for (h, row) in exact[i].iter().enumerate() {
+                    let line = (h * n + i + n - case.len) * case.len;
+                    for (p, key) in row.iter().zip(case.first(i)..=case.last(i)) {
+                        each[line + key] = *p;
+                    }
+                }
+            }
+            each
+        }
         Statistic::Received => {
             let mut received = vec![0.0; case.len];
             for i in queries {
@@ -421,6 +433,7 @@ fn check_statistics(isa: Isa) {
             (some, Statistic::Received),
             (1, Statistic::Given { key: case.len - 1 }),
             (1, Statistic::Received),
+            (some, Statistic::Each),
         ] {
             let what = format!(
                 "{} heads of {}, {n} of {}, {:?}, {statistic:?}",

@@ -112,7 +112,7 @@ pub(crate) mod tests {
         let layer = 4 * (12 * 12 + 12) + 2 * 12 * 20 + 20 + 12 + 4 * 12;
         assert_eq!(plain.inventory().parameters(), 12 * 49 + 12 + 5 * 12 + 2 * layer + 24);
         // 4 patches of 48 values into 12; two layers of 5 tokens.
-        assert_eq!(plain.macs(5), 4 * 48 * 12 + 2 * (5 * (4 * 144 + 480) + 2 * 25 * 12));
+        assert_eq!(plain.macs([8, 8], None), 4 * 48 * 12 + 2 * (5 * (4 * 144 + 480) + 2 * 25 * 12));
 
         config["model_type"] = json!("vit_post_norm");
         config["architectures"] = json!(["ViTForImageClassification"]);

@@ -1,10 +1,12 @@
 //! The forward pass of an encoder: pixels in, tokens, embeddings and class scores out.
 //!
 //! It reads as the decoder's and is made of the same pieces; `n` is the number of tokens of all images computed together.
+//! With a policy of token reduction (`reduce.rs`) there are fewer of them in deeper layers.
 //! Images meet in the linears only, each attends to itself. Rows are computed with the same arithmetic whatever they are
 //! computed with, so an image's results do not depend on the images beside it.
 
 use super::load::{AttentionPool, LoadedPooling, Weights};
+use super::reduce::Reduction;
 use super::spec::{EncoderSpec, Reads};
 use super::{Encoder, positions};
 use crate::error::{Error, Result};
@@ -13,6 +15,7 @@ use crate::kernels::quantize::Source;
 use crate::model::blocks::{Attention, Layer};
 use crate::model::decoder::{self, Scratch, feed_forward, fit, leave, project};
 use crate::model::linear::Run;
+use crate::tokens::PatchPolicy;
 
 /// Tokens computed together, unless one image has more: enough for the matmuls to run at full speed, and few enough that
 /// what one layer leaves is still in the cache when the next one reads it.
@@ -29,7 +32,13 @@ pub struct Encoding {
     pub embedding: Vec<f32>,
     /// `[images, labels]`; empty without a classifier.
     pub logits: Vec<f32>,
+    /// Which patches the tokens behind the learned ones are, `[images, tokens - learned]`; [`MERGED`] for one that several
+    /// became. Empty where no policy was given.
+    pub places: Vec<u32>,
 }
+
+/// Stands in [`Encoding::places`] for a token that is no single patch's.
+pub const MERGED: u32 = u32::MAX;
 
 /// Buffers of the forward pass.
 #[derive(Debug, Default)]
@@ -51,6 +60,7 @@ pub(super) fn forward(
     model: &Encoder,
     pixels: &[f32],
     size: [usize; 2],
+    policy: Option<&PatchPolicy>,
     memory: &mut Memory,
     stop: &dyn Fn() -> bool,
 ) -> Result<Encoding> {
@@ -58,10 +68,14 @@ pub(super) fn forward(
     let image = spec.channels * size[0] * size[1];
     let (images, tokens) = (pixels.len() / image, spec.tokens(size));
     let mut out = Encoding { images, ..Encoding::default() };
-    out.tokens.reserve_exact(images * tokens * spec.hidden);
+    if policy.is_none() {
+        out.tokens.reserve_exact(images * tokens * spec.hidden);
+    }
     let step = (ROWS / tokens).max(1);
-    for pixels in pixels.chunks(step * image) {
-        chunk(model, pixels, size, pixels.len() / image, memory, &mut out, stop)?;
+    for (index, pixels) in pixels.chunks(step * image).enumerate() {
+        let images = pixels.len() / image;
+        let reduction = policy.map(|policy| Reduction::new(policy, spec, index * step, images, size));
+        chunk(model, pixels, size, reduction, memory, &mut out, stop)?;
     }
     Ok(out)
 }
@@ -71,7 +85,7 @@ fn chunk(
     model: &Encoder,
     pixels: &[f32],
     size: [usize; 2],
-    images: usize,
+    mut reduction: Option<Reduction<'_>>,
     memory: &mut Memory,
     out: &mut Encoding,
     stop: &dyn Fn() -> bool,
@@ -79,7 +93,8 @@ fn chunk(
     let run = Run { pool: &model.pool, kernels: &model.kernels, settings: &model.settings };
     let (spec, weights) = (&model.spec, &model.weights);
     embed(run, spec, weights, pixels, size, memory)?;
-    let n = images * spec.tokens(size);
+    let images = pixels.len() / (spec.channels * size[0] * size[1]);
+    let mut n = images * spec.tokens(size);
     let s = &mut memory.scratch;
     for buffer in [&mut s.xb, &mut s.h] {
         fit(buffer, n * spec.hidden);
@@ -88,7 +103,7 @@ fn chunk(
         norm.rows(run, &s.x, &mut s.xb);
         std::mem::swap(&mut s.x, &mut s.xb);
     }
-    for layer in &weights.layers {
+    for (index, layer) in weights.layers.iter().enumerate() {
         if stop() {
             return Err(Error::Interrupted);
         }
@@ -98,18 +113,24 @@ fn chunk(
             .get_or_insert_with(|| KvCache::new(attention.kv_heads, attention.head_dim, model.kv));
 
         project(run, attention_block, attention, None, &|row| row, n, s)?;
-        attend(run, attention, cache, images, s)?;
+        let wanted = reduction.as_mut().and_then(|reduction| reduction.begin(index, n));
+        attend(run, attention, cache, images, wanted, s)?;
         attention.out.forward_source(run, &mut Source::Given(&s.att), n, &[], &mut s.rounded, &mut s.h)?;
         leave(run, attention_block, s);
+        reduce(reduction.as_mut(), false, &mut n, spec.hidden, s);
 
         feed_forward(run, mlp_block, mlp, n, &[], s)?;
         leave(run, mlp_block, s);
+        reduce(reduction.as_mut(), true, &mut n, spec.hidden, s);
     }
     if let Some(norm) = &weights.final_norm {
         norm.rows(run, &s.x, &mut s.xb);
         std::mem::swap(&mut s.x, &mut s.xb);
     }
     out.tokens.extend_from_slice(&s.x);
+    if let Some(reduction) = &reduction {
+        out.places.extend_from_slice(&reduction.places);
+    }
     classify(run, spec, weights, images, memory, &mut out.logits)?;
     pool(run, model, images, memory, &mut out.embedding)
 }
@@ -164,12 +185,30 @@ fn embed(
     Ok(())
 }
 
-/// `att = softmax(scale * q kᵀ) v` of every image by itself.
+/// Takes the tokens that were chosen to leave out of `x`, if this is the place in a layer where they do.
+fn reduce(
+    reduction: Option<&mut Reduction<'_>>,
+    behind: bool,
+    n: &mut usize,
+    hidden: usize,
+    s: &mut Scratch,
+) {
+    let Some(reduction) = reduction.filter(|reduction| reduction.leaves(behind)) else { return };
+    *n = reduction.leave(&s.x, hidden, &mut s.xb);
+    std::mem::swap(&mut s.x, &mut s.xb);
+    for buffer in [&mut s.xb, &mut s.h] {
+        fit(buffer, *n * hidden);
+    }
+}
+
+/// `att = softmax(scale * q kᵀ) v` of every image by itself; where tokens are to be chosen, each image's before the next
+/// one's keys replace its own.
 fn attend(
     run: Run<'_>,
     attention: &Attention,
     cache: &mut KvCache,
     images: usize,
+    mut wanted: Option<&mut Reduction<'_>>,
     s: &mut Scratch,
 ) -> Result<()> {
     let q = attention.heads * attention.head_dim;
@@ -192,6 +231,9 @@ fn attend(
             out,
             &mut s.attention,
         )?;
+        if let Some(reduction) = &mut wanted {
+            reduction.choose(run, &shape, cache, qkv, &mut s.attention)?;
+        }
     }
     Ok(())
 }

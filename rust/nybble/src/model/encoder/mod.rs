@@ -7,6 +7,7 @@ pub mod spec;
 mod forward;
 mod load;
 mod positions;
+mod reduce;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,8 +24,9 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::attention::KvType;
 use crate::threads::Pool;
+use crate::tokens::PatchPolicy;
 
-pub use forward::Encoding;
+pub use forward::{Encoding, MERGED};
 pub use spec::EncoderSpec;
 
 /// An open image encoder.
@@ -110,11 +112,13 @@ impl Encoder {
     }
 
     /// Encodes images: `pixels` are `[images, channels, height, width]`, already normalised as the model was trained with.
-    /// Of another size than the model's own, positions are interpolated. Between layers `stop` says whether to give up.
+    /// Of another size than the model's own, positions are interpolated. With a policy deeper layers do without some patches.
+    /// Between layers `stop` says whether to give up.
     pub fn encode(
         &self,
         pixels: &[f32],
         [images, channels, height, width]: [usize; 4],
+        policy: Option<&PatchPolicy>,
         stop: &dyn Fn() -> bool,
     ) -> Result<Encoding> {
         let wrong = |expected: String, found: String| Err(Error::argument("pixel values", expected, found));
@@ -132,11 +136,14 @@ impl Encoder {
             let expected = format!("height and width that are multiples of the patch, {high} x {wide}");
             return wrong(expected, format!("{height} x {width}"));
         }
+        if let Some(policy) = policy {
+            policy.check(self.spec.layers.len(), !self.spec.prefix.is_empty())?;
+        }
         if images == 0 {
             return Ok(Encoding::default());
         }
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        forward::forward(self, pixels, [height, width], &mut memory, stop)
+        forward::forward(self, pixels, [height, width], policy, &mut memory, stop)
     }
 
     /// Where it was opened.
@@ -169,7 +176,7 @@ impl Encoder {
             embedding: spec.embedding(),
             labels: spec.labels(),
             parameters: spec.inventory().parameters(),
-            macs: spec.macs(spec.tokens(spec.image)),
+            macs: spec.macs(spec.image, None),
             weight_bytes: layout_bytes(&self.weights.matrices()),
             kv_type: self.kv.name().into(),
             kernels: self.kernels.names(),

@@ -6,6 +6,8 @@
 //! the image's embedding and class scores are read from.
 
 use crate::model::spec::{Inventory, LayerSpec, LinearSpec, MlpSpec, NormSpec, TensorSpec};
+use crate::tokens::PatchPolicy;
+use crate::tokens::patches::Method;
 
 /// A whole encoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -154,17 +156,29 @@ impl EncoderSpec {
         all
     }
 
-    /// Multiplications with additions that an image of `tokens` tokens takes.
-    pub fn macs(&self, tokens: usize) -> u64 {
-        let n = tokens as u64;
+    /// Multiplications with additions that an image of that size takes, in the linears and in attention; choosing tokens is
+    /// not counted.
+    pub fn macs(&self, image: [usize; 2], policy: Option<&PatchPolicy>) -> u64 {
         let matrix = |linear: &LinearSpec| linear.rows as u64 * linear.cols as u64;
-        let patches = n.saturating_sub(self.learned() as u64) * self.patch_len() as u64 * self.hidden as u64;
-        self.layers.iter().fold(patches, |sum, layer| {
-            let attention = &layer.attention;
-            let linears =
-                attention.qkv.linears().into_iter().chain([&attention.out, &layer.mlp.up, &layer.mlp.down]);
-            let linears: u64 = linears.chain(&layer.mlp.gate).map(matrix).sum();
-            sum + n * linears + 2 * n * n * attention.q_width() as u64
-        })
+        let learned = self.learned();
+        let mut patches = self.tokens(image) - learned;
+        let mut sum = patches as u64 * self.patch_len() as u64 * self.hidden as u64;
+        for (index, LayerSpec { attention, mlp, .. }) in self.layers.iter().enumerate() {
+            let n = (learned + patches) as u64;
+            let qkv: u64 = attention.qkv.linears().into_iter().map(matrix).sum();
+            sum += n * (qkv + matrix(&attention.out)) + 2 * n * n * attention.q_width() as u64;
+            let mut behind = n;
+            if let Some(policy) = policy
+                && let Some(kept) = policy.kept(index, patches).filter(|kept| *kept < patches)
+            {
+                let fused = matches!(policy.method, Method::ClassRow { fuse: true });
+                patches = kept + usize::from(fused);
+                if !policy.method.behind_the_layer() {
+                    behind = (learned + patches) as u64;
+                }
+            }
+            sum += behind * mlp.gate.iter().chain([&mlp.up, &mlp.down]).map(matrix).sum::<u64>();
+        }
+        sum
     }
 }
