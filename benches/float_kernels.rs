@@ -112,6 +112,7 @@ fn bench_attention(c: &mut Criterion) {
         window: None,
         alibi: None,
         softcap: None,
+        causal: true,
         log2: false,
     };
     for (name, len, n) in [("prefill", 512, 512), ("decode", 1024, 1)] {

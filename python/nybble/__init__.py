@@ -16,7 +16,9 @@ from nybble.errors import NybbleError
 if TYPE_CHECKING:
     from nybble.compress import compress
     from nybble.runtime import (
+        Encoding,
         Generation,
+        ImageEncoder,
         LanguageModel,
         NybbleForCausalLM,
         Tokenizer,
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Encoding",
     "Generation",
+    "ImageEncoder",
     "LanguageModel",
     "NybbleError",
     "NybbleForCausalLM",

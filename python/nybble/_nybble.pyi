@@ -11,6 +11,7 @@ from typing_extensions import Buffer, Self
 
 __all__ = [
     "Checkpoint",
+    "Encoder",
     "Generator",
     "Model",
     "SafeTensorsWriter",
@@ -18,11 +19,22 @@ __all__ = [
     "Sparsity",
     "Speculator",
     "StagedFolder",
+    "attention_received",
+    "attention_row",
+    "best_matches",
+    "bipartite",
     "build_datastore",
+    "cosines",
     "doctor",
+    "emphasise",
+    "encoder_types",
     "gptq",
+    "informative_heads",
+    "pagerank",
+    "pagerank_iterations",
     "read_bandwidth",
     "rtn",
+    "top_k",
     "version",
 ]
 
@@ -30,6 +42,7 @@ _Path: TypeAlias = str | PathLike[str]
 _Ids: TypeAlias = npt.NDArray[np.uint32]
 _Floats: TypeAlias = npt.NDArray[np.float32]
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
+_Places: TypeAlias = npt.NDArray[np.uintp]
 
 @final
 class Model:
@@ -117,6 +130,21 @@ class Checkpoint:
     def gguf_metadata(self) -> dict[str, Any]: ...
 
 @final
+class Encoder:
+    @staticmethod
+    def open(
+        path: _Path,
+        threads: int | None = None,
+        kv: str | None = None,
+        mmap: bool = True,
+    ) -> Encoder: ...
+    def info(self) -> str: ...
+    def macs(self, height: int, width: int, tokens: str | None = None) -> int: ...
+    def encode(
+        self, pixels: _Floats, tokens: str | None = None
+    ) -> tuple[_Floats, _Floats, _Floats, _Ids | None]: ...
+
+@final
 class SafeTensorsWriter:
     def __new__(cls, path: _Path, entries: Sequence[tuple[str, str, Sequence[int]]]) -> Self: ...
     def write(self, name: str, data: Buffer) -> None: ...
@@ -155,7 +183,28 @@ def gptq(
     importance: _Floats | None = None,
     threads: int | None = None,
 ) -> tuple[_Bytes, _Floats, _Floats | None]: ...
+def pagerank(
+    attention: _Floats,
+    iterations: int,
+    tolerance: float,
+    damping: float,
+    token: int | None = None,
+    factor: float | None = None,
+    threads: int | None = None,
+) -> tuple[_Floats, list[int]]: ...
+def pagerank_iterations(layer: int, depth: int) -> int: ...
+def attention_received(attention: _Floats, threads: int | None = None) -> _Floats: ...
+def attention_row(attention: _Floats, query: int) -> _Floats: ...
+def informative_heads(scores: _Floats, least: float, most: float) -> list[bool]: ...
+def emphasise(scores: _Floats, kept: Sequence[bool]) -> _Floats: ...
+def cosines(a: _Floats, b: _Floats, threads: int | None = None) -> _Floats: ...
+def best_matches(a: _Floats, b: _Floats, threads: int | None = None) -> tuple[_Places, _Floats]: ...
+def bipartite(
+    features: _Floats, count: int, protected: int = 0, threads: int | None = None
+) -> tuple[_Places, _Places]: ...
+def top_k(scores: _Floats, k: int) -> _Places: ...
 def build_datastore(path: _Path, tokens: _Ids, vocab: int) -> None: ...
 def doctor() -> str: ...
+def encoder_types() -> list[str]: ...
 def read_bandwidth(threads: int, megabytes: int) -> float: ...
 def version() -> str: ...

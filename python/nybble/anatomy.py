@@ -210,15 +210,19 @@ def describe(path: str | Path) -> dict[str, Any]:
     weights = sum(part.weights for part in found)
     size = sum(part.size for part in found)
     own = config.get("nybble")
+    # A vision tower inside a model with a text tower has its sizes in a section of their own.
+    tower = config.get("vision_config") if plan["kind"] == "encoder" else None
+    sizes = tower if isinstance(tower, dict) else config
     return {
         "path": str(place),
         "kind": checkpoint.kind,
+        "reads": "images" if plan["kind"] == "encoder" else "text",
         "family": plan["family"],
         "scheme": scheme(config, found),
-        "layers": _first(config, "num_hidden_layers", "n_layer"),
-        "hidden": _first(config, "hidden_size", "n_embd"),
-        "heads": _first(config, "num_attention_heads", "n_head"),
-        "kv_heads": _first(config, "num_key_value_heads", "num_attention_heads", "n_head"),
+        "layers": len(plan["layers"]),
+        "hidden": _first(sizes, "hidden_size", "n_embd"),
+        "heads": _first(sizes, "num_attention_heads", "n_head"),
+        "kv_heads": _first(sizes, "num_key_value_heads", "num_attention_heads", "n_head"),
         "vocab": _first(config, "vocab_size"),
         "context": _first(config, "max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
         "tied_head": bool(plan["tied"]),
@@ -229,7 +233,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "layouts": dict(sorted(layouts.items(), key=lambda item: -item[1]["bytes"])),
         "quantization": quantization(config),
         "nybble": own if isinstance(own, dict) else None,
-        "tokenizer": _tokenizer(place, checkpoint.kind),
+        "tokenizer": None if plan["kind"] == "encoder" else _tokenizer(place, checkpoint.kind),
         "tensors": [
             {
                 "name": part.name,

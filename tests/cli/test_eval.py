@@ -247,7 +247,7 @@ def test_models_are_in_memory_one_at_a_time(monkeypatch, tiny_folder, compressed
     from nybble.eval import compare as module
 
     alive, most = weakref.WeakSet(), []
-    load = module.load
+    load = module.load_language
 
     def watched(*arguments, **options):
         model = load(*arguments, **options)
@@ -255,7 +255,7 @@ def test_models_are_in_memory_one_at_a_time(monkeypatch, tiny_folder, compressed
         most.append(len(alive))
         return model
 
-    monkeypatch.setattr(module, "load", watched)
+    monkeypatch.setattr(module, "load_language", watched)
     paths = [tiny_folder, compressed_folder, tiny_folder, compressed_folder]
     compare(paths, tasks=[(find("piqa"), questions)])
     assert most == [1, 1, 1, 1]

@@ -23,6 +23,7 @@ from nybble.cli import (
     methods,
     pull,
     run,
+    vision,
 )
 from nybble.cli.boundary import INTERRUPTED, READER_GONE, silence_stdout, verb
 
@@ -42,6 +43,8 @@ app.command("pull")(verb(pull.pull))
 app.command("compress")(verb(compress.compress))
 app.command("run")(verb(run.run))
 app.command("chat")(verb(chat.chat))
+app.command("classify")(verb(vision.classify))
+app.command("embed")(verb(vision.embed))
 app.command("eval")(verb(evaluate.evaluate))
 app.command("index")(verb(index.index))
 app.command("bench")(verb(bench.bench))

@@ -126,7 +126,7 @@ def bench(
     Every test runs once to warm up and is then timed -r times; the tokens are always the same ones.
     The memory bandwidth is measured in the same minute and printed, since decoding is bound by it.
     """
-    import nybble
+    import nybble.runtime
     from nybble.bench import (
         add_bandwidth,
         bandwidth,
@@ -151,7 +151,7 @@ def bench(
         ways = [way.strip() for way in (draft or "").split(",")]
         for way in ways:
             options.drafts(way)
-        language_model = nybble.load(options.open_path(model), threads, kv=kv)
+        language_model = nybble.runtime.load_language(options.open_path(model), threads, kv=kv)
         with output.token_bar("bench", on=not quiet, unit="question") as bar:
             records = measure_drafts(
                 language_model,
@@ -172,7 +172,7 @@ def bench(
         before = bandwidth(threads)
         machine.reset_peak_rss()
     tokens = options.token_policy(prune_tokens, prune_by)
-    language_model = nybble.load(path, threads, kv=kv, tokens=tokens)
+    language_model = nybble.runtime.load_language(path, threads, kv=kv, tokens=tokens)
     with output.token_bar("bench", on=not quiet, unit="run") as bar:
         records = measure(
             language_model,

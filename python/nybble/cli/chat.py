@@ -65,11 +65,11 @@ def chat(
     makes small models repeat themselves. With --json the whole conversation is printed as one
     object at the end.
     """
-    import nybble
+    import nybble.runtime
     from nybble.cli import output, sampling
     from nybble.errors import UnsupportedError
 
-    language_model = nybble.load(
+    language_model = nybble.runtime.load_language(
         options.open_path(model), threads, context=context, kv=kv, draft=options.drafts(draft)
     )
     if "default" not in language_model.tokenizer.templates:

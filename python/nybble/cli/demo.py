@@ -43,7 +43,7 @@ def demo(
 
     The weights become 4-bit integers (the embedding 8-bit), the activations 8-bit while it runs.
     """
-    import nybble
+    import nybble.runtime
     from nybble import anatomy, hub
     from nybble.bench import bandwidth, machine
     from nybble.cli import output, sampling
@@ -56,7 +56,7 @@ def demo(
     seconds = _compress(
         pulled.path, folder, overwrite=out is None, threads=threads, progress=not quiet
     )
-    model = nybble.load(folder, threads)
+    model = nybble.runtime.load_language(folder, threads)
     say(f"ask: {prompt}")
     generation = _ask(model, prompt, max_tokens, show=not as_json)
     peak = machine.peak_rss()

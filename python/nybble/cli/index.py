@@ -40,13 +40,13 @@ def index(
     What followed the same words in these texts is guessed to follow now; guesses are checked, so
     the texts make answers faster where they resemble them, and never change any.
     """
-    import nybble
+    import nybble.runtime
     from nybble.cli import output
     from nybble.eval.text import read_text
     from nybble.speculate import build
 
     start = time.perf_counter()
-    language_model = nybble.load(options.open_path(model), 1)
+    language_model = nybble.runtime.load_language(options.open_path(model), 1)
     tokens = build(language_model, (read_text(text) for text in texts), out)
     seconds, size = time.perf_counter() - start, out.stat().st_size
     if as_json:

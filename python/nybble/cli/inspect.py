@@ -40,7 +40,9 @@ def _overview(found: dict[str, Any]) -> "Table":
     from nybble.cli import output
 
     tokenizer = found["tokenizer"]
-    if "error" in tokenizer:
+    if tokenizer is None:
+        words = "none: it reads images"
+    elif "error" in tokenizer:
         words = f"none usable: {tokenizer['error']}"
     else:
         ends = ", ".join(repr(token) for token in tokenizer["end_tokens"]) or "no end token"
@@ -62,8 +64,14 @@ def _overview(found: dict[str, Any]) -> "Table":
             f"{shown(found['layers'])} layers, width {shown(found['hidden'])}, "
             f"{shown(found['heads'])} heads, {shown(found['kv_heads'])} key-value heads",
         ),
-        ("vocabulary", shown(found["vocab"]) + tied),
-        ("context", f"{shown(found['context'])} tokens"),
+        *(
+            []
+            if found["reads"] == "images"
+            else [
+                ("vocabulary", shown(found["vocab"]) + tied),
+                ("context", f"{shown(found['context'])} tokens"),
+            ]
+        ),
         (
             "size",
             f"{output.size(found['tensor_bytes'])} of tensors, "

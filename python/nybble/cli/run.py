@@ -74,7 +74,7 @@ def run(
     Without --temperature the likeliest token is taken every time, so the same prompt gives the same
     text. The speed and the memory it took stand on stderr at the end.
     """
-    import nybble
+    import nybble.runtime
     from nybble.cli import output, sampling
 
     if system is not None and not chat:
@@ -86,7 +86,7 @@ def run(
     text = sampling.read_prompt() if prompt == "-" else prompt
     choice = sampling.Choice(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     tokens = options.token_policy(prune_tokens, prune_by)
-    language_model = nybble.load(
+    language_model = nybble.runtime.load_language(
         options.open_path(model),
         threads,
         context=context,

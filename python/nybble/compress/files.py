@@ -28,6 +28,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "preprocessor_config.json",
 )
 """Files copied as they are. No other name is ever taken from a model's folder."""
 
@@ -70,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and generation settings; return the names of what was there."""
+    """Copy the settings beside the weights; return the names of what was there."""
     copied = []
     for name in COMPANIONS:
         file = _contained(source, name)

@@ -33,7 +33,7 @@ from nybble.compress.plan import BYTES, Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.report import Report, TensorReport
 from nybble.compress.source import Source
-from nybble.errors import ArgumentError, ConfigError, FormatError
+from nybble.errors import ArgumentError, ConfigError, FormatError, UnsupportedError
 from nybble.formats.packing import pack, pack_zeros, rows_per_word, words
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
 from nybble.runtime.tokenizer import Tokenizer, from_folder, from_gguf
@@ -85,9 +85,12 @@ def run(
     """
     began = time.perf_counter()
     _check_places(source, out)
-    _check_calibration(recipe, calibration)
     checkpoint = Source(source)
-    work = plan.make(checkpoint.plan(), checkpoint.tensors, recipe, checkpoint.kind)
+    parts = checkpoint.plan()
+    if parts["kind"] == "encoder":
+        _check_encoder(recipe, calibration)
+    _check_calibration(recipe, calibration)
+    work = plan.make(parts, checkpoint.tensors, recipe, checkpoint.kind)
     report = Report(
         source=source.resolve().name,
         source_files={},
@@ -183,6 +186,17 @@ def _text(
     _note_shortage(report, "calibration", wanted.tokens, text)
     report.calibration = text.to_json()
     return text
+
+
+def _check_encoder(recipe: Recipe, calibration: Sequence[Path]) -> None:
+    looked_at = recipe.needs_calibration()
+    if looked_at or calibration:
+        what = looked_at or "calibration"
+        message = f"{what} is not supported for image encoders: it looks at text"
+        raise UnsupportedError(message)
+    if recipe.tokens is not None:
+        message = "recipe: tokens is not supported for image encoders: it is about texts"
+        raise UnsupportedError(message)
 
 
 def _calibrated(
@@ -448,6 +462,7 @@ def _check(folder: Path, work: Plan, largest: int, threads: int | None) -> None:
     """Open the folder as it will be opened to run."""
     checkpoint = _nybble.Checkpoint.open(str(folder))
     found = checkpoint.tensors()
+    reads_images = json.loads(checkpoint.plan())["kind"] == "encoder"
     for item in work.items:
         for name, dtype, shape in item.entries():
             if name not in found or found[name] != (dtype, list(shape)):
@@ -461,4 +476,5 @@ def _check(folder: Path, work: Plan, largest: int, threads: int | None) -> None:
     # A run-time model is the file's pages and the packed weights. Where that would need more memory
     # than compressing itself may, the names, types and shapes above have to do.
     if 2 * size <= 1.3 * largest + _SPARE:
-        _nybble.Model.open(str(folder), threads)
+        model = _nybble.Encoder if reads_images else _nybble.Model
+        model.open(str(folder), threads)

@@ -138,10 +138,11 @@ def make(plan: Mapping[str, Any], tensors: Shapes, recipe: Recipe, kind: str) ->
     """
     planner = _Planner(tensors, recipe, kind)
     linears, embeddings = plan["linears"], plan["embeddings"]
-    planner.select(
-        [*(linear["module"] for linear in linears), embeddings[0]["module"]], tied=plan["tied"]
-    )
-    planner.embedding(embeddings[0])
+    # A model that reads images has no tables.
+    first = [table["module"] for table in embeddings[:1]]
+    planner.select([*(linear["module"] for linear in linears), *first], tied=plan["tied"])
+    for table in embeddings[:1]:
+        planner.embedding(table)
     for table in embeddings[1:]:
         planner.position(table)
     for linear in linears:

@@ -16,7 +16,7 @@ from nybble.eval.choices import Accuracy, accuracy
 from nybble.eval.perplexity import Perplexity, measure
 from nybble.eval.tasks import Task, read_items
 from nybble.eval.text import read_text
-from nybble.runtime import load
+from nybble.runtime import load_language
 
 if TYPE_CHECKING:
     from nybble.tokens import TokenMethod, TokenPolicy
@@ -131,13 +131,13 @@ def compare(
 
     found = []
     for name, place, fact in zip(names, places, facts, strict=True):
-        model = load(place, threads, kv=kv, tokens=tokens)
+        model = load_language(place, threads, kv=kv, tokens=tokens)
         surprise, similar = None, None
         same = kv is None and tokens is None and place.resolve() == against
         if content is not None and against is not None and not same:
             similar = agreement(
                 model,
-                load(against, threads),
+                load_language(against, threads),
                 content,
                 context=context,
                 prompt_tokens=prompt_tokens,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nybble.errors import ArgumentError, ContextError, UnsupportedError
 from nybble.eval.likelihood import Scorer, prefix
-from nybble.runtime import LanguageModel, load
+from nybble.runtime import LanguageModel, load_language
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -53,7 +53,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc]
     path
         A folder or GGUF file, or a model that is loaded already.
     threads, kv
-        As for :func:`nybble.load`.
+        As for :func:`nybble.runtime.load_language`.
     max_length
         Most tokens of a text, if fewer than the model's context.
     batch_size, max_batch_size, device
@@ -78,7 +78,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc]
         if isinstance(path, LanguageModel):
             self.model = path
         else:
-            self.model = load(path, None if threads is None else int(threads), kv=kv)
+            self.model = load_language(path, None if threads is None else int(threads), kv=kv)
         self._scorer = Scorer(self.model, None if max_length is None else int(max_length))
         self.max_length = self._scorer.limit
         self.batch_size = 1

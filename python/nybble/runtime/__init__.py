@@ -1,6 +1,7 @@
-"""The run-time: load a folder or a GGUF file, encode text, generate, stream, chat.
+"""The run-time: load a folder or a GGUF file, encode text, generate, stream, chat; encode images.
 
-Nothing here imports torch. ``load`` and ``LanguageModel`` are in :mod:`nybble.runtime.model`, the
+Nothing here imports torch. ``load`` and ``LanguageModel`` are in :mod:`nybble.runtime.model`,
+``ImageEncoder`` in :mod:`nybble.runtime.encoder`, the
 tokenizer (with the rebuilding of one from GGUF metadata) in :mod:`nybble.runtime.tokenizer`, chat
 templates in :mod:`nybble.runtime.chat`. Modules are loaded on first use, so that importing this
 package costs next to nothing.
@@ -12,13 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nybble.runtime.encoder import Encoding, ImageEncoder
     from nybble.runtime.generation import Generation, Stream
-    from nybble.runtime.model import LanguageModel, NybbleForCausalLM, from_pretrained, load
+    from nybble.runtime.model import (
+        LanguageModel,
+        NybbleForCausalLM,
+        from_pretrained,
+        load,
+        load_language,
+    )
     from nybble.runtime.session import Session
     from nybble.runtime.tokenizer import Tokenizer
 
 __all__ = [
+    "Encoding",
     "Generation",
+    "ImageEncoder",
     "LanguageModel",
     "NybbleForCausalLM",
     "Session",
@@ -26,9 +36,12 @@ __all__ = [
     "Tokenizer",
     "from_pretrained",
     "load",
+    "load_language",
 ]
 
 _HOME = {
+    "Encoding": "nybble.runtime.encoder",
+    "ImageEncoder": "nybble.runtime.encoder",
     "Generation": "nybble.runtime.generation",
     "LanguageModel": "nybble.runtime.model",
     "NybbleForCausalLM": "nybble.runtime.model",
@@ -37,6 +50,7 @@ _HOME = {
     "Tokenizer": "nybble.runtime.tokenizer",
     "from_pretrained": "nybble.runtime.model",
     "load": "nybble.runtime.model",
+    "load_language": "nybble.runtime.model",
 }
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nybble.errors import ArgumentError
+from nybble.errors import ArgumentError, NybbleError
 from nybble.runtime.files import read_json
 from nybble.runtime.generation import Generation, Sampling, Stream, count
 from nybble.runtime.session import Session, token_array
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
     _Draft: TypeAlias = Drafts | Mapping[str, Any] | Sequence[str] | str | bool | None
 
-__all__ = ["DEFAULT_NEW_TOKENS", "LanguageModel", "NybbleForCausalLM", "from_pretrained", "load"]
+__all__ = [
+    "DEFAULT_NEW_TOKENS",
+    "LanguageModel",
+    "NybbleForCausalLM",
+    "from_pretrained",
+    "load",
+    "load_language",
+]
 
 DEFAULT_NEW_TOKENS = 256
 """Most new tokens when nothing is asked for."""
@@ -47,9 +54,9 @@ class LanguageModel:
     path
         The folder or file it came from.
     draft
-        How it speculates, as for :func:`load`.
+        How it speculates, as for :func:`load_language`.
     sparsity
-        What it takes for zero, as for :func:`load`.
+        What it takes for zero, as for :func:`load_language`.
     """
 
     def __init__(
@@ -109,7 +116,7 @@ class LanguageModel:
         Parameters
         ----------
         tokens
-            How prompts in it are reduced, if not as the model says; as for :func:`load`.
+            How prompts in it are reduced, if not as the model says; as for :func:`load_language`.
         """
         raw = self.raw.session(_tokens(tokens), self._sparsity, self._sparsity is None)
         return Session(raw, self.vocab_size)
@@ -120,7 +127,7 @@ class LanguageModel:
         Parameters
         ----------
         sparsity
-            As for :func:`load`.
+            As for :func:`load_language`.
         probe
             Whether to find out where skipping them saves time; without it none are skipped, with
             the same results.
@@ -229,7 +236,8 @@ class LanguageModel:
         session
             The session to continue in: what `prompt` shares with it is not computed again.
         draft
-            How to speculate, if not as the model was told when it was loaded; as for :func:`load`.
+            How to speculate, if not as the model was told when it was loaded; as for
+            :func:`load_language`.
             It changes the speed, never the tokens.
 
         Raises
@@ -407,7 +415,7 @@ class LanguageModel:
         Parameters
         ----------
         draft
-            As for :func:`load`; ``None`` for what the model was told there.
+            As for :func:`load_language`; ``None`` for what the model was told there.
 
         Returns
         -------
@@ -496,6 +504,57 @@ def load(
     path: str | os.PathLike[str],
     threads: int | None = None,
     *,
+    kv: str | None = None,
+    mmap: bool = True,
+    **options: Any,
+) -> Any:
+    """Load a model: a :class:`LanguageModel`, or for an image encoder's folder an image encoder.
+
+    Parameters
+    ----------
+    path
+        A Hugging Face folder, compressed or not, or a GGUF file.
+    threads, kv, mmap
+        As for :func:`load_language`.
+    **options
+        The other parameters of :func:`load_language`; a model that reads images has none.
+
+    Returns
+    -------
+    LanguageModel or ImageEncoder
+        :class:`nybble.runtime.encoder.ImageEncoder` when ``model_type`` in ``config.json`` names a
+        family of image encoders. Where the type must be known beforehand, call
+        :func:`load_language` or ``ImageEncoder.from_pretrained``.
+
+    Raises
+    ------
+    NybbleError
+        Every failure is one of its subclasses, see :mod:`nybble.errors`.
+    """
+    if not _reads_images(Path(path).expanduser()):
+        return load_language(path, threads, kv=kv, mmap=mmap, **options)
+    if options:
+        message = f"{sorted(options)[0]}: expected nothing for an image encoder: it writes no text"
+        raise ArgumentError(message)
+    from nybble.runtime.encoder import ImageEncoder
+
+    return ImageEncoder.from_pretrained(path, threads, kv=kv, mmap=mmap)
+
+
+def _reads_images(place: Path) -> bool:
+    """Whether a configuration is of an image encoder; what is wrong with it shows later."""
+    from nybble import _nybble
+
+    with contextlib.suppress(NybbleError):
+        config = read_json(place / "config.json", _MAX_CONFIG, missing={})
+        return config.get("model_type") in _nybble.encoder_types()
+    return False
+
+
+def load_language(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    *,
     context: int | None = None,
     kv: str | None = None,
     mmap: bool = True,
@@ -503,7 +562,7 @@ def load(
     draft: _Draft = "auto",
     sparsity: Sequence[Thresholds] | str | None = None,
 ) -> LanguageModel:
-    """Load a model.
+    """Load a model that writes text.
 
     Parameters
     ----------
@@ -558,5 +617,5 @@ class NybbleForCausalLM:
 
     @staticmethod
     def from_pretrained(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
-        """Load a model; see :func:`load`."""
-        return load(path, **options)
+        """Load a model; see :func:`load_language`."""
+        return load_language(path, **options)

@@ -1,4 +1,4 @@
-"""Fewer tokens in prompts: one file a paper, one line here for each.
+"""Fewer tokens, in prompts and in images: one file a paper, one line here for each.
 
 A :class:`TokenPolicy` says which of a prompt's tokens the deeper layers do without; a paper's class
 makes one (:meth:`TokenMethod.policy`). Either goes to :func:`nybble.load` as ``tokens``, to a
@@ -9,18 +9,47 @@ never left out.
 Leaving out tokens is lossy. What it costs must be measured on tokens behind the prompt
 (:func:`nybble.eval.continuation`, ``nybble eval --prompt-tokens``): averages over the tokens that
 stayed get better only because the hard ones are gone.
+
+A :class:`PatchMethod` says which of an image's tokens the deeper layers of an encoder do without;
+it goes to ``tokens`` of :meth:`nybble.runtime.encoder.ImageEncoder.encode`.
 """
 
 from __future__ import annotations
 
 from nybble.registry import Registry
 from nybble.tokens.agile_quant import AgileQuant
+from nybble.tokens.attention_received import AttentionReceived
 from nybble.tokens.base import TokenMethod, TokenPolicy, settings
+from nybble.tokens.evit import EViT
+from nybble.tokens.patches import PatchMethod
+from nybble.tokens.random_patches import RandomPatches
+from nybble.tokens.zero_tprune import ZeroTPrune
 
-__all__ = ["METHODS", "AgileQuant", "TokenMethod", "TokenPolicy", "settings"]
+__all__ = [
+    "METHODS",
+    "PATCH_METHODS",
+    "AgileQuant",
+    "AttentionReceived",
+    "EViT",
+    "PatchMethod",
+    "RandomPatches",
+    "TokenMethod",
+    "TokenPolicy",
+    "ZeroTPrune",
+    "settings",
+]
 
 METHODS: Registry[TokenMethod] = Registry(
     "token reduction method",
     agile_quant=AgileQuant,
 )
 """Every method by the name recipes use."""
+
+PATCH_METHODS: Registry[PatchMethod] = Registry(
+    "patch pruning method",
+    attention_received=AttentionReceived,
+    evit=EViT,
+    random=RandomPatches,
+    zero_tprune=ZeroTPrune,
+)
+"""Every method for images by name."""

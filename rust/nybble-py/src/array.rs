@@ -1,6 +1,9 @@
 //! Arrays in and out, without copies where numpy's layout allows.
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
+use std::borrow::Cow;
+
+use numpy::ndarray::Dimension;
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray, PyReadonlyArray1};
 use nybble::Error;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -15,6 +18,17 @@ pub(crate) fn matrix<T: numpy::Element>(
     cols: usize,
 ) -> PyResult<Bound<'_, PyArray2<T>>> {
     PyArray1::from_vec(py, values).reshape([rows, cols])
+}
+
+/// The values of an array, last dimension first; copied where the array has them in another order or with gaps.
+pub(crate) fn values<'a, T: Element + Copy, D: Dimension>(
+    array: &'a PyReadonlyArray<'_, T, D>,
+) -> Cow<'a, [T]> {
+    let view = array.as_array();
+    match view.to_slice() {
+        Some(values) => Cow::Borrowed(values),
+        None => Cow::Owned(view.iter().copied().collect()),
+    }
 }
 
 /// Runs `work` on the bytes of a `bytes`, a numpy array or another object with the buffer protocol.

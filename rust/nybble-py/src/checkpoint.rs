@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use numpy::PyArray2;
 use nybble::Error;
-use nybble::model::spec::{BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Qkv, Spec};
+use nybble::model::arch::Builder;
+use nybble::model::spec::{BlockNorms, EmbeddingSpec, Inventory, LayerSpec, LinearSpec, NormSpec, Qkv};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use serde_json::{Value, json};
@@ -96,7 +97,19 @@ impl Checkpoint {
 
     /// What there is to compress and what a model needs, as JSON.
     fn plan(&self, py: Python<'_>) -> PyResult<String> {
-        run(py, || to_json(&plan(&self.core.spec()?)))
+        run(py, || {
+            let plan = match self.core.arch().spec {
+                Builder::Decoder(_) => {
+                    let spec = self.core.spec()?;
+                    plan("decoder", spec.family, spec.tied, &spec.inventory(), &spec.layers)
+                }
+                Builder::Encoder(_) => {
+                    let spec = self.core.encoder_spec()?;
+                    plan("encoder", spec.family, false, &spec.inventory(), &spec.layers)
+                }
+            };
+            to_json(&plan)
+        })
     }
 
     /// The metadata of a GGUF file; empty for a folder.
@@ -108,7 +121,7 @@ impl Checkpoint {
     }
 }
 
-fn plan(spec: &Spec) -> Value {
+fn plan(kind: &str, family: &str, tied: bool, weights: &Inventory<'_>, layers: &[LayerSpec]) -> Value {
     let linear = |linear: &LinearSpec| {
         json!({
             "module": linear.module,
@@ -122,14 +135,14 @@ fn plan(spec: &Spec) -> Value {
     let embedding =
         |table: &EmbeddingSpec| json!({ "module": table.module, "rows": table.rows, "cols": table.cols });
     let mut tensors = Vec::new();
-    for linear in spec.linears() {
+    for linear in &weights.linears {
         tensors.push(linear.weight());
         if linear.bias {
             tensors.push(format!("{}.bias", linear.module));
         }
     }
-    tensors.extend(spec.embeddings().into_iter().map(EmbeddingSpec::weight));
-    for norm in spec.norms() {
+    tensors.extend(weights.embeddings.iter().map(|table| table.weight()));
+    for norm in &weights.norms {
         if norm.affine {
             tensors.push(format!("{}.weight", norm.module));
         }
@@ -137,13 +150,15 @@ fn plan(spec: &Spec) -> Value {
             tensors.push(format!("{}.bias", norm.module));
         }
     }
+    tensors.extend(weights.tensors.iter().map(|tensor| tensor.name.clone()));
     json!({
-        "family": spec.family,
-        "linears": spec.linears().into_iter().map(linear).collect::<Vec<_>>(),
-        "embeddings": spec.embeddings().into_iter().map(embedding).collect::<Vec<_>>(),
-        "tied": spec.tied,
+        "kind": kind,
+        "family": family,
+        "linears": weights.linears.iter().copied().map(linear).collect::<Vec<_>>(),
+        "embeddings": weights.embeddings.iter().copied().map(embedding).collect::<Vec<_>>(),
+        "tied": tied,
         "tensors": tensors,
-        "layers": spec.layers.iter().map(layer).collect::<Vec<_>>(),
+        "layers": layers.iter().map(layer).collect::<Vec<_>>(),
     })
 }
 

@@ -11,10 +11,12 @@
 mod array;
 mod checkpoint;
 mod doctor;
+mod encoder;
 mod error;
 mod generator;
 mod metadata;
 mod model;
+mod score;
 mod session;
 mod solve;
 mod sparsity;
@@ -32,9 +34,16 @@ mod _nybble {
     #[pymodule_export]
     use super::doctor::{doctor, read_bandwidth, version};
     #[pymodule_export]
+    use super::encoder::{Encoder, encoder_types};
+    #[pymodule_export]
     use super::generator::Generator;
     #[pymodule_export]
     use super::model::Model;
+    #[pymodule_export]
+    use super::score::{
+        attention_received, attention_row, best_matches, bipartite, cosines, emphasise, informative_heads,
+        pagerank, pagerank_iterations, top_k,
+    };
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]

@@ -5,7 +5,7 @@ use nybble::Error;
 use nybble::solve::{Gptq, IntWeights, Rtn, Zeros, gptq as core_gptq, rtn as core_rtn};
 use pyo3::prelude::*;
 
-use crate::array::matrix;
+use crate::array::{matrix, values};
 use crate::error::{exception, run};
 
 type Matrix<'py, T> = Bound<'py, PyArray2<T>>;
@@ -23,9 +23,9 @@ pub(crate) fn rtn<'py>(
     threads: Option<usize>,
 ) -> PyResult<Rounded<'py>> {
     let (rows, cols) = weights.as_array().dim();
-    let values = contiguous(py, "weights", weights.as_slice())?;
+    let weights = values(&weights);
     let zeros = zero_points(py, zeros)?;
-    let rounded = run(py, || core_rtn(values, rows, cols, &Rtn { bits, group, zeros, threads }))?;
+    let rounded = run(py, || core_rtn(&weights, rows, cols, &Rtn { bits, group, zeros, threads }))?;
     arrays(py, rounded, rows, cols)
 }
 
@@ -45,21 +45,14 @@ pub(crate) fn gptq<'py>(
     threads: Option<usize>,
 ) -> PyResult<Rounded<'py>> {
     let (rows, cols) = weights.as_array().dim();
-    let values = contiguous(py, "weights", weights.as_slice())?;
-    let factor = contiguous(py, "factor", factor.as_slice())?;
+    let (weights, factor) = (values(&weights), values(&factor));
     let zeros = zero_points(py, zeros)?;
-    let order = order.as_ref().map(|order| contiguous(py, "order", order.as_slice())).transpose()?;
-    let importance = match &importance {
-        Some(importance) => contiguous(py, "importance", importance.as_slice())?,
-        None => &[],
-    };
-    let settings = Gptq { bits, group, zeros, factor, order, importance, threads };
-    let rounded = run(py, || core_gptq(values, rows, cols, &settings))?;
+    let order = order.as_ref().map(values);
+    let importance = importance.as_ref().map(values).unwrap_or_default();
+    let order = order.as_deref();
+    let settings = Gptq { bits, group, zeros, factor: &factor, order, importance: &importance, threads };
+    let rounded = run(py, || core_gptq(&weights, rows, cols, &settings))?;
     arrays(py, rounded, rows, cols)
-}
-
-fn contiguous<'a, T, E>(py: Python<'_>, name: &str, values: Result<&'a [T], E>) -> PyResult<&'a [T]> {
-    values.map_err(|_| exception(py, &Error::argument(name, "a contiguous array", "one with gaps")))
 }
 
 fn zero_points(py: Python<'_>, name: &str) -> PyResult<Zeros> {

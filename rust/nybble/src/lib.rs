@@ -10,6 +10,7 @@ pub mod kernels;
 pub mod model;
 pub mod pack;
 pub mod probe;
+pub mod score;
 pub mod solve;
 pub mod speculate;
 pub mod threads;

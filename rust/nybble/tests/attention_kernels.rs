@@ -48,6 +48,7 @@ struct Case {
     window: Option<usize>,
     alibi: Option<Vec<f32>>,
     softcap: Option<f32>,
+    full: bool,
     log2: bool,
     len: usize,
     q: Vec<f32>,
@@ -68,6 +69,7 @@ impl Case {
             window: None,
             alibi: None,
             softcap: None,
+            full: false,
             log2: false,
             len,
             q,
@@ -78,6 +80,7 @@ impl Case {
 
     fn shape(&self) -> Shape<'_> {
         Shape {
+            causal: !self.full,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.dim,
@@ -130,6 +133,11 @@ impl Case {
         first..first + self.dim
     }
 
+    /// The last position that query `i` sees.
+    fn last(&self, i: usize) -> usize {
+        if self.full { self.len - 1 } else { i }
+    }
+
     /// The first position that query `i` sees.
     fn first(&self, i: usize) -> usize {
         self.window.map_or(0, |window| (i + 1).saturating_sub(window))
@@ -138,7 +146,7 @@ impl Case {
     /// The exact softmax of one query and head, over the positions it sees, in double precision.
     fn probabilities(&self, i: usize, h: usize) -> Vec<f64> {
         let q = &self.q[(i * self.heads + h) * self.dim..][..self.dim];
-        let scores: Vec<f64> = (self.first(i)..=i)
+        let scores: Vec<f64> = (self.first(i)..=self.last(i))
             .map(|j| {
                 let key = self.stored(&self.k[self.row(h, j)]);
                 let dot: f64 = q.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
@@ -162,7 +170,7 @@ impl Case {
         for h in 0..self.heads {
             let exact = self.probabilities(i, h);
             let values: Vec<Vec<f64>> =
-                (self.first(i)..=i).map(|j| self.stored(&self.v[self.row(h, j)])).collect();
+                (self.first(i)..=self.last(i)).map(|j| self.stored(&self.v[self.row(h, j)])).collect();
             let power = |p: f64| if (-p.log2()).round() > 15.0 { 0.0 } else { (-(-p.log2()).round()).exp2() };
             let weights: Vec<f64> = exact.iter().map(|&p| if self.log2 { power(p) } else { p }).collect();
             for d in 0..self.dim {
@@ -197,6 +205,9 @@ fn cases() -> Vec<Case> {
     }
     for (window, len) in [(1, 70), (5, 70), (64, 200), (100, 200), (1000, 100)] {
         list.push(Case { window: Some(window), ..Case::new(6, 2, 16, KvType::F16, len) });
+    }
+    for (len, kind) in [(1, KvType::F32), (65, KvType::F32), (300, KvType::F16), (530, KvType::Int8)] {
+        list.push(Case { full: true, ..Case::new(6, 3, 24, kind, len) });
     }
     let slopes = Some(vec![0.5, 0.25, 0.125, 0.0625]);
     list.push(Case { alibi: slopes.clone(), ..Case::new(4, 4, 16, KvType::F32, 200) });
@@ -378,14 +389,26 @@ fn expected(case: &Case, exact: &[Vec<Vec<f64>>], n: usize, statistic: Statistic
     match statistic {
         Statistic::Given { key } => queries
             .map(|i| {
-                let seen = (case.first(i)..=i).contains(&key);
+                let seen = (case.first(i)..=case.last(i)).contains(&key);
                 exact[i].iter().map(|p| if seen { p[key - case.first(i)] } else { 0.0 }).sum()
             })
             .collect(),
+        Statistic::Each => {
+            let mut each = vec![0.0; case.heads * n * case.len];
+            for i in queries {
+                for (h, row) in exact[i].iter().enumerate() {
+                    let line = (h * n + i + n - case.len) * case.len;
+                    for (p, key) in row.iter().zip(case.first(i)..=case.last(i)) {
+                        each[line + key] = *p;
+                    }
+                }
+            }
+            each
+        }
         Statistic::Received => {
             let mut received = vec![0.0; case.len];
             for i in queries {
-                for (p, key) in exact[i].iter().flatten().zip((case.first(i)..=i).cycle()) {
+                for (p, key) in exact[i].iter().flatten().zip((case.first(i)..=case.last(i)).cycle()) {
                     received[key] += p;
                 }
             }
@@ -410,6 +433,7 @@ fn check_statistics(isa: Isa) {
             (some, Statistic::Received),
             (1, Statistic::Given { key: case.len - 1 }),
             (1, Statistic::Received),
+            (some, Statistic::Each),
         ] {
             let what = format!(
                 "{} heads of {}, {n} of {}, {:?}, {statistic:?}",
@@ -485,6 +509,7 @@ fn attention_refuses_what_does_not_fit() {
     assert!(refused(Shape { kv_heads: 0, ..good }, &case.q, 64, 1, 64));
     assert!(refused(Shape { head_dim: 8, ..good }, &case.q, 64, 1, 32));
     assert!(refused(Shape { window: Some(0), ..good }, &case.q, 64, 1, 64));
+    assert!(refused(Shape { causal: false, window: Some(9), ..good }, &case.q, 64, 1, 64));
     assert!(refused(Shape { softcap: Some(0.0), ..good }, &case.q, 64, 1, 64));
     assert!(refused(Shape { softcap: Some(f32::NAN), ..good }, &case.q, 64, 1, 64));
     assert!(refused(Shape { alibi: Some(&[0.1]), ..good }, &case.q, 64, 1, 64));

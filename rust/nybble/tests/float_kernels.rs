@@ -243,6 +243,21 @@ fn check_elementwise(isa: Isa) {
         let scaled = in_place(&|k, x| k.scale(x, 0.3), "scale");
         let capped = in_place(&|k, x| k.softcap(x, 2.5), "softcap");
         in_place(&|k, x| k.gelu_erf(x), "gelu_erf");
+        in_place(&|k, x| k.gelu_quick(x), "gelu_quick");
+        let by = numbers.take(n);
+        let added_scaled = in_place(&|k, x| k.add_scaled(x, &y, &by), "add_scaled");
+        for count in [0, 1, 3, 4, 5, 9] {
+            let (rows, weights) = (numbers.take(n * count), numbers.take(count));
+            let summed = in_place(&|k, x| k.add_rows(x, &rows, &weights), "add_rows");
+            for i in 0..n {
+                let mut expected = x[i];
+                for (row, weight) in weights.iter().enumerate() {
+                    expected += weight * rows[row * n + i];
+                }
+                let same = summed[i].is_nan() && expected.is_nan() || summed[i] == expected;
+                assert!(same, "add_rows of {count} to {}: {}, {expected}", x[i], summed[i]);
+            }
+        }
         let gated = |f: &dyn Fn(&dyn elementwise::Elementwise, &mut [f32]), what: &str| in_place(f, what);
         let silu_mul = gated(&|k, out| k.silu_mul(&x, &y, out), "silu_mul");
         let gelu_mul = gated(&|k, out| k.gelu_tanh_mul(&x, &y, out), "gelu_tanh_mul");
@@ -256,6 +271,8 @@ fn check_elementwise(isa: Isa) {
             };
             assert!(near(relu[i], if d < 0.0 { 0.0 } else { d }), "relu {d}");
             assert!(near(added[i], d + f64::from(y[i])), "add_assign {d}");
+            let product = f64::from(y[i] * by[i]);
+            assert!(near(added_scaled[i], d + product), "add_scaled {d}");
             assert!(near(scaled[i], d * f64::from(0.3f32)), "scale {d}");
             assert!(near(capped[i], 2.5 * (d / 2.5).tanh()), "softcap {d}");
             assert!(near(gelu_mul[i], f64::from(gelu_tanh[i]) * f64::from(y[i])), "gelu_tanh_mul {d}");

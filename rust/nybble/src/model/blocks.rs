@@ -1,11 +1,13 @@
 //! The parts of a layer, with their packed weights.
 
+use std::sync::Arc;
+
 use super::linear::{Linear, Part, Run};
 use super::spec::{Activation, NormKind};
 use crate::error::Result;
 use crate::kernels::quantize::{Activations, Source};
 use crate::kernels::w4a8_sparse::{sparse_columns, sparse_rows};
-use crate::pack::Bundles;
+use crate::pack::{Bundles, Packed};
 
 /// A norm.
 #[derive(Debug)]
@@ -42,6 +44,7 @@ pub(super) struct Block {
     pub(super) pre: Option<Norm>,
     pub(super) post: Option<Norm>,
     pub(super) after: Option<Norm>,
+    pub(super) scale: Option<Vec<f32>>, // [hidden]
     pub(super) residual_is_normed: bool,
 }
 
@@ -65,6 +68,7 @@ pub(super) struct Attention {
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) scale: f32,
+    pub(super) causal: bool,
     pub(super) window: Option<usize>,
     pub(super) softcap: Option<f32>,
     pub(super) slopes: Option<Vec<f32>>, // [heads]
@@ -117,6 +121,7 @@ impl Mlp {
             Activation::Silu => elementwise.silu(x),
             Activation::GeluTanh => elementwise.gelu_tanh(x),
             Activation::GeluErf => elementwise.gelu_erf(x),
+            Activation::GeluQuick => elementwise.gelu_quick(x),
             Activation::Relu => elementwise.relu(x),
         }
     }
@@ -198,4 +203,12 @@ pub(super) struct Layer {
     pub(super) attention_block: Block,
     pub(super) mlp: Mlp,
     pub(super) mlp_block: Block,
+}
+
+impl Layer {
+    /// Its packed matrices.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Arc<Packed>> {
+        let linears = [&self.attention.qkv, &self.attention.out, &self.mlp.gate_up, &self.mlp.down];
+        linears.into_iter().flat_map(Linear::weights)
+    }
 }

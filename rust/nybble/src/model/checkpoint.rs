@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::arch::gguf::{Metadata, Transform, shown};
 use super::arch::{self, Arch};
+use super::encoder::EncoderSpec;
 use super::load::reorder;
 use super::quantization::Quantization;
 use super::spec::{LinearSpec, Spec};
@@ -134,7 +135,7 @@ impl Checkpoint {
         let (arch, gguf_arch) = arch::gguf::find(&gguf)?;
         let path = gguf.path().to_path_buf();
         let config = Value::Object((gguf_arch.config)(&Metadata::new(&gguf, gguf_arch.name))?);
-        let spec = (arch.spec)(&config).map_err(|error| in_file(error, &path))?;
+        let spec = arch.decoder(&config).map_err(|error| in_file(error, &path))?;
         let mut tensors = BTreeMap::new();
         for (stored, info) in gguf.tensors() {
             let Some(name) = gguf_arch.hf_name(stored) else { continue };
@@ -178,7 +179,12 @@ impl Checkpoint {
 
     /// The specification; no size in it has been compared with the tensors yet.
     pub fn spec(&self) -> Result<Spec> {
-        (self.arch.spec)(&self.config).map_err(|error| in_file(error, &self.config_file()))
+        self.arch.decoder(&self.config).map_err(|error| in_file(error, &self.config_file()))
+    }
+
+    /// The specification of an image encoder; no size in it has been compared with the tensors yet.
+    pub fn encoder_spec(&self) -> Result<EncoderSpec> {
+        self.arch.encoder(&self.config).map_err(|error| in_file(error, &self.config_file()))
     }
 
     /// How it is quantized, for a compressed folder.

@@ -26,18 +26,18 @@ use crate::pack::Packed;
 /// Buffers of the forward pass.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    x: Vec<f32>,       // [n, hidden]           the residual stream
-    xb: Vec<f32>,      // [n, hidden]           x after a norm
-    h: Vec<f32>,       // [n, hidden]           what a block adds to x
-    narrow: Vec<f32>,  // [n, embedding width]  on the other side of a projection
-    qkv: Vec<f32>,     // [n, q + k + v]
-    normed: Vec<f32>,  // [n, q + k + v]        the same with normed heads
-    att: Vec<f32>,     // [n, q]                weighted values
-    gate_up: Vec<f32>, // [n, 2 inner] or [n, inner]
-    inner: Vec<f32>,   // [n, inner]            after the activation
-    active: Active,
-    rounded: Activations,
-    attention: attention::Scratch,
+    pub(super) x: Vec<f32>,       // [n, hidden]           the residual stream
+    pub(super) xb: Vec<f32>,      // [n, hidden]           x after a norm
+    pub(super) h: Vec<f32>,       // [n, hidden]           what a block adds to x
+    narrow: Vec<f32>,             // [n, embedding width]  on the other side of a projection
+    pub(super) qkv: Vec<f32>,     // [n, q + k + v]
+    normed: Vec<f32>,             // [n, q + k + v]        the same with normed heads
+    pub(super) att: Vec<f32>,     // [n, q]                weighted values
+    pub(super) gate_up: Vec<f32>, // [n, 2 inner] or [n, inner]
+    pub(super) inner: Vec<f32>,   // [n, inner]            after the activation
+    pub(super) active: Active,
+    pub(super) rounded: Activations,
+    pub(super) attention: attention::Scratch,
 }
 
 impl Session {
@@ -112,8 +112,8 @@ impl Session {
                 }
             }
 
-            let skip = sparsity.map(|sparsity| (sparsity, index));
-            feed_forward(run, mlp_block, mlp, n, rows.low(), skip, &mut self.skipped, s)?;
+            let skip = sparsity.map(|sparsity| (sparsity, index, &mut self.skipped));
+            feed_forward(run, mlp_block, mlp, n, rows.low(), skip, s)?;
             if let Some(tap) = &mut tap {
                 tap(index, "gate_up", &s.xb);
                 watch(run, mlp, n, s, &mut |site, values| tap(index, site, values));
@@ -134,7 +134,7 @@ impl Session {
 }
 
 /// Gives a buffer its length; what it holds does not matter.
-fn fit(buffer: &mut Vec<f32>, len: usize) {
+pub(super) fn fit(buffer: &mut Vec<f32>, len: usize) {
     buffer.resize(len, 0.0);
 }
 
@@ -187,8 +187,8 @@ fn look_up(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// After a block: `x = after(residual + post(h))`.
-fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
+/// After a block: `x = after(residual + scale * post(h))`.
+pub(super) fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
     if block.residual_is_normed {
         s.x.copy_from_slice(&s.xb);
     }
@@ -196,26 +196,35 @@ fn leave(run: Run<'_>, block: &Block, s: &mut Scratch) {
         norm.rows(run, &s.h, &mut s.xb);
         std::mem::swap(&mut s.h, &mut s.xb);
     }
-    add(run, &mut s.x, &s.h);
+    add(run, &mut s.x, &s.h, block.scale.as_deref());
     if let Some(norm) = &block.after {
         norm.rows(run, &s.x, &mut s.xb);
         std::mem::swap(&mut s.x, &mut s.xb);
     }
 }
 
-/// `x += y`, on several threads when there is much of it.
-fn add(run: Run<'_>, x: &mut [f32], y: &[f32]) {
+/// `x += y`, or `x += y * scale` with a factor for each column, on several threads when there is much of it.
+fn add(run: Run<'_>, x: &mut [f32], y: &[f32], scale: Option<&[f32]>) {
     const MUCH: usize = 1 << 15;
     let elementwise = run.kernels.elementwise;
-    if x.len() < MUCH {
-        return elementwise.add_assign(x, y);
-    }
-    run.pool.split_rows(x, 1, &|first, part| elementwise.add_assign(part, &y[first..first + part.len()]));
+    let width = scale.map_or(1, <[f32]>::len);
+    let add = |first: usize, part: &mut [f32]| {
+        let y = &y[first * width..][..part.len()];
+        match scale {
+            None => elementwise.add_assign(part, y),
+            Some(scale) => {
+                for (x, y) in part.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+                    elementwise.add_scaled(x, y, scale);
+                }
+            }
+        }
+    };
+    if x.len() < MUCH { add(0, x) } else { run.pool.split_rows(x, width, &add) }
 }
 
 /// `[q | k | v] = qkv(xb)` with the block's input `xb`, with normed heads and turned to their positions where the model has that.
 #[expect(clippy::too_many_arguments, reason = "a block, its rows, and what may be skipped")]
-fn project(
+pub(super) fn project(
     run: Run<'_>,
     block: &Block,
     attention: &Attention,
@@ -272,12 +281,13 @@ fn project(
 }
 
 /// How the heads of a layer attend.
-fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Shape<'a> {
+pub(super) fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Shape<'a> {
     attention::Shape {
         heads: attention.heads,
         kv_heads: attention.kv_heads,
         head_dim: attention.head_dim,
         scale: attention.scale,
+        causal: attention.causal,
         window: attention.window,
         alibi: attention.slopes.as_deref(),
         softcap: attention.softcap,
@@ -309,21 +319,19 @@ fn attend(
 }
 
 /// `h = down(act(gate(xb)) * up(xb))`, or without a gate `h = down(act(up(xb)))`, without what is below thresholds.
-#[expect(clippy::too_many_arguments, reason = "a block, its rows, and what may be skipped")]
-fn feed_forward(
+pub(super) fn feed_forward(
     run: Run<'_>,
     block: &Block,
     mlp: &Mlp,
     n: usize,
     low: &[bool],
-    skip: Option<(&Sparsity, usize)>,
-    skipped: &mut Skipped,
+    skip: Option<(&Sparsity, usize, &mut Skipped)>,
     s: &mut Scratch,
 ) -> Result<()> {
     let width = mlp.gate_up.rows();
     fit(&mut s.gate_up, n * width);
     fit(&mut s.inner, n * mlp.inner);
-    let cuts = skip.map(|(sparsity, index)| &sparsity.layers[index]);
+    let cuts = skip.as_ref().map(|(sparsity, index, _)| &sparsity.layers[*index]);
     let neurons = cuts.map_or(&[][..], |cuts| &cuts.neurons);
     let (least, least_inner) = cuts.map_or((0.0, 0.0), |cuts| (cuts.gate_up(), cuts.down()));
     let enter = block.enter(run, &s.x);
@@ -336,7 +344,8 @@ fn feed_forward(
     if n == 1
         && low.is_empty()
         && least_inner == 0.0
-        && let Some((sparsity, index)) = skip.filter(|(sparsity, index)| sparsity.may_skip(*index))
+        && let Some((sparsity, index, skipped)) =
+            skip.filter(|(sparsity, index, _)| sparsity.may_skip(*index))
     {
         mlp.gate_up.forward_parts(run, 0..1, input, 1, &mut s.rounded, &mut s.gate_up)?;
         s.inner.copy_from_slice(&s.gate_up[..mlp.inner]);

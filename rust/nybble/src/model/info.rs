@@ -1,10 +1,12 @@
 //! What an open model is made of, for `inspect`, `bench` and reports.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::Model;
+use crate::pack::Packed;
 use crate::tokens::Policy;
 
 /// Sizes, kernels and memory of an open model.
@@ -40,11 +42,16 @@ pub struct Info {
     pub threads: usize,
 }
 
-pub(super) fn info(model: &Model) -> Info {
-    let mut weight_bytes = BTreeMap::new();
-    for matrix in model.weights.matrices() {
-        *weight_bytes.entry(matrix.layout().name().to_owned()).or_default() += matrix.bytes() as u64;
+/// Bytes of packed matrices by layout.
+pub(super) fn layout_bytes(matrices: &[&Arc<Packed>]) -> BTreeMap<String, u64> {
+    let mut bytes = BTreeMap::new();
+    for matrix in matrices {
+        *bytes.entry(matrix.layout().name().to_owned()).or_default() += matrix.bytes() as u64;
     }
+    bytes
+}
+
+pub(super) fn info(model: &Model) -> Info {
     let kv_width: usize = model.spec.layers.iter().map(|layer| 2 * layer.attention.kv_width()).sum();
     let kv_heads: usize = model.spec.layers.iter().map(|layer| layer.attention.kv_heads).sum();
     let first = model.spec.layers.first().map(|layer| &layer.attention);
@@ -57,7 +64,7 @@ pub(super) fn info(model: &Model) -> Info {
         vocab: model.spec.vocab,
         context: model.context,
         parameters: model.spec.parameters(),
-        weight_bytes,
+        weight_bytes: layout_bytes(&model.weights.matrices()),
         kv_type: model.kv.name().into(),
         kv_bytes_per_token: kv_width * model.kv.bytes() + kv_heads * model.kv.scale_bytes(),
         tokens: model.settings.tokens.clone(),

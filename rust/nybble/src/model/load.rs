@@ -10,14 +10,15 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::blocks::{Block, Layer, Norm};
+use super::blocks::{Block, Layer, Mlp, Norm};
 use super::checkpoint::Checkpoint;
 use super::linear::{Linear, Part};
 use super::quantization::{
     ActivationScheme, Grouping, InputGrouping, Scheme, Storage, WeightScheme, ZeroPoints,
 };
 use super::spec::{
-    AttentionSpec, BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, NormSpec, Position, Qkv, Spec,
+    AttentionSpec, BlockNorms, EmbeddingSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Position, Qkv, Spec,
+    TensorSpec,
 };
 use super::validate::scheme;
 use crate::error::{Error, Result};
@@ -60,7 +61,11 @@ impl Weights {
             embedding_norm: load.norm(spec.embedding_norm.as_ref())?,
             project_in: optional(&spec.project_in)?,
             positions,
-            layers: spec.layers.iter().map(|layer| load.layer(spec, layer)).collect::<Result<_>>()?,
+            layers: spec
+                .layers
+                .iter()
+                .map(|layer| load.layer(layer, spec.position == Position::Alibi))
+                .collect::<Result<_>>()?,
             final_norm: load.norm(spec.final_norm.as_ref())?,
             project_out: optional(&spec.project_out)?,
             head,
@@ -74,10 +79,7 @@ impl Weights {
         list.extend(&self.positions);
         let outer = [&self.project_in, &self.project_out];
         list.extend(outer.into_iter().flatten().flat_map(Linear::weights));
-        for layer in &self.layers {
-            let linears = [&layer.attention.qkv, &layer.attention.out, &layer.mlp.gate_up, &layer.mlp.down];
-            list.extend(linears.into_iter().flat_map(Linear::weights));
-        }
+        list.extend(self.layers.iter().flat_map(Layer::matrices));
         list.extend(self.head.weights().filter(|head| !Arc::ptr_eq(head, &self.embedding)));
         list
     }
@@ -88,19 +90,20 @@ impl Weights {
     }
 }
 
-struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
-    pool: &'a Pool,
+/// Reads and packs single parts of a checkpoint.
+pub(super) struct Loader<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) pool: &'a Pool,
 }
 
 impl Loader<'_> {
-    fn layer(&self, spec: &Spec, layer: &LayerSpec) -> Result<Layer> {
+    /// A layer; `alibi` for heads that have slopes.
+    pub(super) fn layer(&self, layer: &LayerSpec, alibi: bool) -> Result<Layer> {
         let attention = &layer.attention;
         let row_map = match &attention.qkv {
             Qkv::Fused { per_head: true, .. } => Some(per_head_rows(attention)),
             _ => None,
         };
-        let gate_up: Vec<&LinearSpec> = layer.mlp.gate.iter().chain([&layer.mlp.up]).collect();
         let (q_norm, k_norm) = attention.qk_norms.as_ref().map(|(q, k)| (q, k)).unzip();
         Ok(Layer {
             attention: super::blocks::Attention {
@@ -108,9 +111,10 @@ impl Loader<'_> {
                 kv_heads: attention.kv_heads,
                 head_dim: attention.head_dim,
                 scale: attention.scale,
+                causal: attention.causal,
                 window: attention.window,
                 softcap: attention.softcap,
-                slopes: (spec.position == Position::Alibi).then(|| Spec::alibi_slopes(attention.heads)),
+                slopes: alibi.then(|| Spec::alibi_slopes(attention.heads)),
                 rope: attention.rope,
                 qkv: self.linear(&attention.qkv.linears(), row_map.as_deref())?,
                 q_norm: self.norm(q_norm)?,
@@ -118,15 +122,29 @@ impl Loader<'_> {
                 out: self.linear(&[&attention.out], None)?,
             },
             attention_block: self.block(&layer.attention_norms)?,
-            mlp: super::blocks::Mlp {
-                inner: layer.mlp.up.rows,
-                gated: layer.mlp.gate.is_some(),
-                activation: layer.mlp.activation,
-                gate_up: self.linear(&gate_up, None)?,
-                down: self.linear(&[&layer.mlp.down], None)?,
-            },
+            mlp: self.mlp(&layer.mlp)?,
             mlp_block: self.block(&layer.mlp_norms)?,
         })
+    }
+
+    /// A feed-forward block.
+    pub(super) fn mlp(&self, mlp: &MlpSpec) -> Result<Mlp> {
+        let gate_up: Vec<&LinearSpec> = mlp.gate.iter().chain([&mlp.up]).collect();
+        Ok(Mlp {
+            inner: mlp.up.rows,
+            gated: mlp.gate.is_some(),
+            activation: mlp.activation,
+            gate_up: self.linear(&gate_up, None)?,
+            down: self.linear(&[&mlp.down], None)?,
+        })
+    }
+
+    /// All values of a tensor.
+    pub(super) fn tensor(&self, tensor: &TensorSpec) -> Result<Vec<f32>> {
+        let mut values = Vec::new();
+        let (rows, _) = self.checkpoint.tensor(&tensor.name)?.matrix();
+        self.checkpoint.read_f32(&tensor.name, 0..rows, &mut values)?;
+        Ok(values)
     }
 
     fn block(&self, norms: &BlockNorms) -> Result<Block> {
@@ -134,11 +152,13 @@ impl Loader<'_> {
             pre: self.norm(norms.pre.as_ref())?,
             post: self.norm(norms.post.as_ref())?,
             after: self.norm(norms.after.as_ref())?,
+            scale: norms.scale.as_ref().map(|scale| self.tensor(scale)).transpose()?,
             residual_is_normed: norms.residual_is_normed,
         })
     }
 
-    fn norm(&self, norm: Option<&NormSpec>) -> Result<Option<Norm>> {
+    /// A norm, if there is one.
+    pub(super) fn norm(&self, norm: Option<&NormSpec>) -> Result<Option<Norm>> {
         let Some(norm) = norm else { return Ok(None) };
         let mut gain = vec![1.0; norm.dim];
         let mut bias = None;
@@ -161,7 +181,7 @@ impl Loader<'_> {
     }
 
     /// The matrices of `linears` side by side; `row_map` brings the rows of a single one into order.
-    fn linear(&self, linears: &[&LinearSpec], row_map: Option<&[u32]>) -> Result<Linear> {
+    pub(super) fn linear(&self, linears: &[&LinearSpec], row_map: Option<&[u32]>) -> Result<Linear> {
         let mut parts = Vec::new();
         let mut bias: Option<Vec<f32>> = None;
         let before = |parts: &[Part]| parts.iter().map(|part| part.weight.rows()).sum();

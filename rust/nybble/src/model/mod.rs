@@ -6,12 +6,14 @@
 //! the weights. A [`Model`] is then immutable and may be shared by threads; a [`Session`] is one text in it, with its keys
 //! and values.
 //!
-//! The forward pass is one function for all families, in `decoder.rs`.
+//! The forward pass is one function for all families that write text, in `decoder.rs`. Those that read images are an
+//! [`Encoder`], in `encoder/`: the same layers, over all patches of an image at once.
 
 #![forbid(unsafe_code)]
 
 pub mod arch;
 pub mod checkpoint;
+pub mod encoder;
 pub mod info;
 pub mod quantization;
 pub mod rope;
@@ -43,7 +45,9 @@ use crate::threads::Pool;
 use crate::tokens::Policy;
 
 pub use checkpoint::Checkpoint;
+pub use encoder::Encoder;
 pub use info::Info;
+use info::layout_bytes;
 pub use session::{Logits, PART, Session};
 pub use settings::Settings;
 pub use sparsity::Sparsity;

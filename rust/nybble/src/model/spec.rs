@@ -1,4 +1,5 @@
-//! What a decoder transformer is, as data.
+//! What a transformer is, as data: the parts all have, and the decoder made of them. The image encoder is in
+//! [`super::encoder::spec`].
 //!
 //! The families read here (Llama, Qwen, Gemma, OPT, BLOOM, GPT-2) are one machine with different parts fitted: a kind of
 //! norm and where it stands, a way to tell positions, a gated or a plain feed-forward block. A [`Spec`] lists the parts a
@@ -89,6 +90,8 @@ pub struct BlockNorms {
     pub post: Option<NormSpec>,
     /// Norm of the sum (the oldest transformers and OPT-350m).
     pub after: Option<NormSpec>,
+    /// Factors of what is added, one a column: `x = after(residual + scale * post(f(pre(x))))` (layer scale).
+    pub scale: Option<TensorSpec>,
     /// The residual is `pre(x)` in place of `x` (a BLOOM option).
     pub residual_is_normed: bool,
 }
@@ -104,6 +107,8 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// Whether a query sees the keys up to its own position only.
+    pub causal: bool,
     /// A query sees the keys at a distance below this.
     pub window: Option<usize>,
     /// Scores become `cap * tanh(score / cap)`.
@@ -183,6 +188,8 @@ pub enum Activation {
     GeluTanh,
     /// GELU by the error function.
     GeluErf,
+    /// GELU by the logistic function, `x / (1 + exp(-1.702 x))`.
+    GeluQuick,
     /// `max(x, 0)`.
     Relu,
 }
@@ -196,6 +203,7 @@ impl Activation {
                 Some(Self::GeluTanh)
             }
             "gelu" | "gelu_python" => Some(Self::GeluErf),
+            "quick_gelu" => Some(Self::GeluQuick),
             "relu" => Some(Self::Relu),
             _ => None,
         }
@@ -207,6 +215,7 @@ impl Activation {
             Self::Silu => "silu",
             Self::GeluTanh => "gelu_tanh",
             Self::GeluErf => "gelu_erf",
+            Self::GeluQuick => "gelu_quick",
             Self::Relu => "relu",
         }
     }
@@ -305,6 +314,27 @@ impl LinearSpec {
     }
 }
 
+/// A tensor of floats that is neither a linear's, a table's nor a norm's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorSpec {
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().fold(1, |product, &size| product.saturating_mul(size))
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// One embedding table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EmbeddingSpec {
@@ -323,64 +353,90 @@ impl EmbeddingSpec {
     }
 }
 
-impl Spec {
+/// The weights that a model needs, by kind: what validation compares with a file and compression goes through.
+#[derive(Debug, Default)]
+pub struct Inventory<'a> {
     /// Every linear with a weight of its own, in the order of the forward pass. A tied head is not among them.
-    pub fn linears(&self) -> Vec<&LinearSpec> {
-        let mut list: Vec<&LinearSpec> = self.project_in.iter().collect();
-        for layer in &self.layers {
-            list.extend(layer.attention.qkv.linears());
-            list.push(&layer.attention.out);
-            list.extend(&layer.mlp.gate);
-            list.push(&layer.mlp.up);
-            list.push(&layer.mlp.down);
-        }
-        list.extend(&self.project_out);
-        if !self.tied {
-            list.push(&self.head);
-        }
-        list
-    }
-
-    /// The token embedding, and the position table if there is one.
-    pub fn embeddings(&self) -> Vec<&EmbeddingSpec> {
-        let mut list = vec![&self.embedding];
-        if let Position::Learned { table, .. } = &self.position {
-            list.push(table);
-        }
-        list
-    }
-
+    pub linears: Vec<&'a LinearSpec>,
+    /// The token embedding first, then the position table; an image encoder has none.
+    pub embeddings: Vec<&'a EmbeddingSpec>,
     /// Every norm, in the order of the forward pass.
-    pub fn norms(&self) -> Vec<&NormSpec> {
-        let mut list: Vec<&NormSpec> = self.embedding_norm.iter().collect();
-        for layer in &self.layers {
-            list.extend(&layer.attention_norms.pre);
-            if let Some((q, k)) = &layer.attention.qk_norms {
-                list.extend([q, k]);
-            }
-            for norms in [&layer.attention_norms.post, &layer.attention_norms.after] {
-                list.extend(norms);
-            }
-            for norms in [&layer.mlp_norms.pre, &layer.mlp_norms.post, &layer.mlp_norms.after] {
-                list.extend(norms);
-            }
+    pub norms: Vec<&'a NormSpec>,
+    /// Whatever else there is.
+    pub tensors: Vec<&'a TensorSpec>,
+}
+
+impl<'a> Inventory<'a> {
+    /// Adds the weights of a layer.
+    pub(super) fn layer(&mut self, layer: &'a LayerSpec) {
+        let LayerSpec { attention, attention_norms, mlp, mlp_norms } = layer;
+        self.linears.extend(attention.qkv.linears());
+        self.linears.push(&attention.out);
+        self.norms.extend(&attention_norms.pre);
+        if let Some((q, k)) = &attention.qk_norms {
+            self.norms.extend([q, k]);
         }
-        list.extend(&self.final_norm);
-        list
+        for norms in [&attention_norms.post, &attention_norms.after] {
+            self.norms.extend(norms);
+        }
+        self.mlp(mlp);
+        for norms in [&mlp_norms.pre, &mlp_norms.post, &mlp_norms.after] {
+            self.norms.extend(norms);
+        }
+        self.tensors.extend([&attention_norms.scale, &mlp_norms.scale].into_iter().flatten());
+    }
+
+    /// Adds the linears of a feed-forward block.
+    pub(super) fn mlp(&mut self, mlp: &'a MlpSpec) {
+        self.linears.extend(&mlp.gate);
+        self.linears.extend([&mlp.up, &mlp.down]);
     }
 
     /// Number of weights.
     pub fn parameters(&self) -> u64 {
         let matrix = |rows: usize, cols: usize| (rows as u64).saturating_mul(cols as u64);
-        let linears = self.linears().into_iter().map(|linear| {
+        let linears = self.linears.iter().map(|linear| {
             matrix(linear.rows, linear.cols) + if linear.bias { linear.rows as u64 } else { 0 }
         });
-        let tables = self.embeddings().into_iter().map(|table| matrix(table.rows, table.cols));
+        let tables = self.embeddings.iter().map(|table| matrix(table.rows, table.cols));
         let norms = self
-            .norms()
-            .into_iter()
+            .norms
+            .iter()
             .map(|norm| norm.dim as u64 * (u64::from(norm.affine) + u64::from(norm.has_bias())));
-        linears.chain(tables).chain(norms).fold(0, u64::saturating_add)
+        let tensors = self.tensors.iter().map(|tensor| tensor.len() as u64);
+        linears.chain(tables).chain(norms).chain(tensors).fold(0, u64::saturating_add)
+    }
+}
+
+impl Spec {
+    /// All weights.
+    pub fn inventory(&self) -> Inventory<'_> {
+        let mut all = Inventory::default();
+        all.linears.extend(&self.project_in);
+        all.embeddings.push(&self.embedding);
+        if let Position::Learned { table, .. } = &self.position {
+            all.embeddings.push(table);
+        }
+        all.norms.extend(&self.embedding_norm);
+        for layer in &self.layers {
+            all.layer(layer);
+        }
+        all.linears.extend(&self.project_out);
+        if !self.tied {
+            all.linears.push(&self.head);
+        }
+        all.norms.extend(&self.final_norm);
+        all
+    }
+
+    /// Every linear with a weight of its own, in the order of the forward pass. A tied head is not among them.
+    pub fn linears(&self) -> Vec<&LinearSpec> {
+        self.inventory().linears
+    }
+
+    /// Number of weights.
+    pub fn parameters(&self) -> u64 {
+        self.inventory().parameters()
     }
 
     /// Head slopes of `ALiBi`: powers of `2^(-8/n)` for `n` heads; with `n` between two powers of two, every second slope of

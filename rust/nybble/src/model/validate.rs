@@ -5,7 +5,7 @@
 
 use super::checkpoint::{Checkpoint, Tensor};
 use super::quantization::{Grouping, InputGrouping, Quantization, Scheme, Storage, ZeroPoints};
-use super::spec::{EmbeddingSpec, LinearSpec, NormSpec, Spec};
+use super::spec::{EmbeddingSpec, Inventory, LinearSpec, NormSpec, Spec};
 use crate::error::{Error, Result};
 use crate::format::Dtype;
 use crate::pack::TILE_K;
@@ -22,18 +22,17 @@ const PER_TENSOR: &[&[usize]] = &[&[], &[1], &[1, 1]];
 /// Reports everything in which `spec` and the tensors disagree.
 pub fn validate(spec: &Spec, checkpoint: &Checkpoint) -> Result<()> {
     let mut check = Check { checkpoint, problems: Vec::new(), more: 0 };
-    for table in spec.embeddings() {
-        check.embedding(table);
-    }
-    for linear in spec.linears() {
-        check.linear(linear);
-    }
-    for norm in spec.norms() {
-        check.norm(norm);
-    }
+    check.all(&spec.inventory());
     if spec.tied && (spec.head.rows, spec.head.cols) != (spec.embedding.rows, spec.embedding.cols) {
         check.problem("tie_word_embeddings: expected a head of the embedding's shape".into());
     }
+    check.finish()
+}
+
+/// Reports everything in which a list of weights and the tensors disagree.
+pub fn validate_weights(weights: &Inventory<'_>, checkpoint: &Checkpoint) -> Result<()> {
+    let mut check = Check { checkpoint, problems: Vec::new(), more: 0 };
+    check.all(weights);
     check.finish()
 }
 
@@ -59,6 +58,13 @@ impl Check<'_> {
             file: self.checkpoint.config_file().display().to_string(),
             problems: self.problems,
         })
+    }
+
+    fn all(&mut self, weights: &Inventory<'_>) {
+        weights.embeddings.iter().for_each(|table| self.embedding(table));
+        weights.linears.iter().for_each(|linear| self.linear(linear));
+        weights.norms.iter().for_each(|norm| self.norm(norm));
+        weights.tensors.iter().for_each(|tensor| self.floats(&tensor.name, &tensor.shape));
     }
 
     fn linear(&mut self, linear: &LinearSpec) {

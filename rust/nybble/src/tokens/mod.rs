@@ -11,10 +11,12 @@
 
 pub mod budget;
 pub mod criterion;
+pub mod patches;
 mod policy;
 pub mod select;
 
 pub use criterion::Criterion;
+pub use patches::PatchPolicy;
 pub use policy::{Action, Policy, Positions};
 
 /// Brings the rows `keep`, ascending, of `x` (rows of `width`) together at its beginning.

@@ -246,6 +246,9 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
 
     /// The positions that query number `query` of the call sees.
     fn seen(&self, query: usize) -> Range<usize> {
+        if !self.call.shape.causal {
+            return 0..self.call.cache.len();
+        }
         let end = self.call.past + self.call.branches.map_or(query, |branches| branches.depth(query)) + 1;
         self.call.shape.window.map_or(0, |window| end.saturating_sub(window))..end
     }

@@ -1,4 +1,4 @@
-//! Causal attention over a KV cache, for one new token and for many.
+//! Attention over a KV cache, causal or not, for one new token and for many.
 //!
 //! Scores of a query with all keys are never stored. Keys are taken in blocks of [`KEYS`] positions, and a running softmax
 //! keeps the largest score so far, the sum of weights and the weighted sum of values; a block with a larger score fades what
@@ -65,6 +65,8 @@ pub struct Shape<'a> {
     pub head_dim: usize,
     /// Factor of every score, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Whether a query sees the keys up to its own position only, and not all of the cache.
+    pub causal: bool,
     /// A query at `i` sees the key at `j <= i` only if `i - j` is less than this.
     pub window: Option<usize>,
     /// `ALiBi`: a slope for every head. The key at `j` has `slope * j` added to its score, which differs from
@@ -234,6 +236,10 @@ pub fn attend_tree(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
+    if !shape.causal {
+        let found = "queries that see all keys";
+        return Err(Error::argument("a tree of drafts", "causal attention", found));
+    }
     if shape.log2 {
         let detail = "its values are rounded in blocks of neighbours in the cache";
         return Err(Error::unsupported("a tree of drafts with softmax \"log2\"", detail));
@@ -393,6 +399,9 @@ fn check(shape: &Shape<'_>, cache: &KvCache, q: &[f32], q_stride: usize, n: usiz
         && alibi.len() != heads
     {
         return wrong("ALiBi slopes", format!("{heads} slopes"), alibi.len().to_string());
+    }
+    if !shape.causal && shape.window.is_some() {
+        return wrong("window", "causal attention".into(), "queries that see all keys".into());
     }
     if shape.window == Some(0) {
         return wrong("window", "at least 1".into(), "0".into());

@@ -121,6 +121,12 @@ pub fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(-u))
 }
 
+/// `x / (1 + exp(-1.702 x))`, the form of GELU that CLIP was trained with.
+#[inline(always)]
+pub fn gelu_quick(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
 #[cfg(test)]
 #[allow(clippy::float_cmp)] // exact results are what is asked for
 mod tests {
@@ -207,6 +213,9 @@ mod tests {
                 (f64::from(found) - expected).abs() <= 4e-7 * expected.abs() + 1e-12 * d.abs()
             };
             assert!(near(silu(x), d / (1.0 + (-d).exp())), "silu {x}");
+            // The product in the exponent is rounded once, which grows with it.
+            let quick = d / (1.0 + (-1.702 * d).exp());
+            assert!((f64::from(gelu_quick(x)) - quick).abs() <= 5e-6 * quick.abs() + 1e-12, "gelu_quick {x}");
             let phi = if d < 0.0 {
                 0.5 * exact_erfc(-d / 2f64.sqrt())
             } else {

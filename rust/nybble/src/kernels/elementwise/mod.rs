@@ -21,8 +21,11 @@ macro_rules! tier {
             fn silu(x: &mut [f32]);
             fn gelu_tanh(x: &mut [f32]);
             fn gelu_erf(x: &mut [f32]);
+            fn gelu_quick(x: &mut [f32]);
             fn relu(x: &mut [f32]);
             fn add_assign(x: &mut [f32], y: &[f32]);
+            fn add_scaled(x: &mut [f32], y: &[f32], by: &[f32]);
+            fn add_rows(x: &mut [f32], rows: &[f32], weights: &[f32]);
             fn scale(x: &mut [f32], by: f32);
             fn softcap(x: &mut [f32], cap: f32);
         }
@@ -59,10 +62,16 @@ pub trait Elementwise: Sync {
     fn gelu_tanh(&self, x: &mut [f32]);
     /// `x = gelu(x)`, the exact form with the error function.
     fn gelu_erf(&self, x: &mut [f32]);
+    /// `x = x * sigmoid(1.702 x)`, the quick form of GELU.
+    fn gelu_quick(&self, x: &mut [f32]);
     /// `x = max(x, 0)`; NaN stays NaN.
     fn relu(&self, x: &mut [f32]);
     /// `x += y`.
     fn add_assign(&self, x: &mut [f32], y: &[f32]);
+    /// `x += y * by`.
+    fn add_scaled(&self, x: &mut [f32], y: &[f32], by: &[f32]);
+    /// `x += sum of weights[i] * rows[i]`, where `rows` are as long as `x` and added in order.
+    fn add_rows(&self, x: &mut [f32], rows: &[f32], weights: &[f32]);
     /// `x *= by`.
     fn scale(&self, x: &mut [f32], by: f32);
     /// `x = cap * tanh(x / cap)`: a smooth limit.
@@ -127,6 +136,7 @@ mod loops {
     each!(silu(x) => math::silu(x));
     each!(gelu_tanh(x) => math::gelu_tanh(x));
     each!(gelu_erf(x) => math::gelu_erf(x));
+    each!(gelu_quick(x) => math::gelu_quick(x));
     each!(relu(x) => if x < 0.0 { 0.0 } else { x });
     each!(scale(x, by) => x * by);
     each!(softcap(x, cap) => cap * math::tanh(x / cap));
@@ -136,6 +146,39 @@ mod loops {
         assert_eq!(x.len(), y.len(), "both of one length");
         for i in 0..x.len() {
             x[i] += y[i];
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_rows(x: &mut [f32], rows: &[f32], weights: &[f32]) {
+        let n = x.len();
+        assert_eq!(rows.len(), n * weights.len(), "a weight for each row");
+        let mut row = 0;
+        // Four rows at once: `x` is read and written once for them.
+        while row + 4 <= weights.len() {
+            let w = &weights[row..row + 4];
+            let (a, rest) = rows[row * n..(row + 4) * n].split_at(n);
+            let (b, rest) = rest.split_at(n);
+            let (c, d) = rest.split_at(n);
+            for i in 0..n {
+                x[i] = (((x[i] + w[0] * a[i]) + w[1] * b[i]) + w[2] * c[i]) + w[3] * d[i];
+            }
+            row += 4;
+        }
+        while row < weights.len() {
+            let (weight, a) = (weights[row], &rows[row * n..(row + 1) * n]);
+            for i in 0..n {
+                x[i] += weight * a[i];
+            }
+            row += 1;
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_scaled(x: &mut [f32], y: &[f32], by: &[f32]) {
+        assert!(x.len() == y.len() && x.len() == by.len(), "all of one length");
+        for i in 0..x.len() {
+            x[i] += y[i] * by[i];
         }
     }
 }

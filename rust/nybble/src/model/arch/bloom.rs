@@ -3,8 +3,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Arch;
 use super::gguf::{GgufArch, Metadata, Transform};
+use super::{Arch, Builder};
 use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::{
@@ -15,7 +15,7 @@ use crate::model::spec::{
 pub(super) static ARCH: Arch = Arch {
     family: "bloom",
     model_types: &["bloom"],
-    spec,
+    spec: Builder::Decoder(spec),
     prefixes: &[
         ("h.", "transformer.h."),
         ("word_embeddings.", "transformer.word_embeddings."),
@@ -77,6 +77,7 @@ fn spec(config: &Value) -> Result<Spec> {
                 kv_heads: heads,
                 head_dim,
                 scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+                causal: true,
                 window: None,
                 softcap: None,
                 rope: None,

@@ -144,6 +144,7 @@ pub(super) fn spec(mut config: Reader<'_>, traits: &Traits) -> Result<Spec> {
             kv_heads,
             head_dim,
             scale: (1.0 / score_dim.sqrt()) as f32,
+            causal: true,
             window: window.filter(|_| sliding[i]),
             softcap,
             // Gemma's second rotary embedding is that of the layers with a window.

@@ -3,9 +3,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Arch;
 use super::gated::{self, Traits, Windows};
 use super::gguf::{GgufArch, Metadata, Transform};
+use super::{Arch, Builder};
 use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::Spec;
@@ -13,7 +13,7 @@ use crate::model::spec::Spec;
 pub(super) static ARCH: Arch = Arch {
     family: "gemma3",
     model_types: &["gemma3_text", "gemma3"],
-    spec,
+    spec: Builder::Decoder(spec),
     prefixes: &[
         ("language_model.model.", "model."),
         ("model.language_model.", "model."),
@@ -150,7 +150,7 @@ mod tests {
         let layer = &spec.layers[0];
         assert_eq!(layer.attention.scale, 0.125);
         assert!(layer.mlp_norms.post.is_some() && layer.attention_norms.post.is_some());
-        assert!(spec.norms().iter().all(|norm| norm.plus_one));
+        assert!(spec.inventory().norms.iter().all(|norm| norm.plus_one));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Arch;
 use super::gguf::{GgufArch, Metadata, Transform};
+use super::{Arch, Builder};
 use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::{
@@ -14,7 +14,7 @@ use crate::model::spec::{
 pub(super) static ARCH: Arch = Arch {
     family: "gpt2",
     model_types: &["gpt2"],
-    spec,
+    spec: Builder::Decoder(spec),
     prefixes: &[
         ("h.", "transformer.h."),
         ("wte.", "transformer.wte."),
@@ -76,6 +76,7 @@ fn spec(config: &Value) -> Result<Spec> {
                 kv_heads: heads,
                 head_dim,
                 scale: (1.0 / width / depth) as f32,
+                causal: true,
                 window: None,
                 softcap: None,
                 rope: None,

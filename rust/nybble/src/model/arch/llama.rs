@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Arch;
 use super::gated::{self, Traits, Windows};
 use super::gguf::{GgufArch, Metadata, Transform};
+use super::{Arch, Builder};
 use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::Spec;
@@ -12,7 +12,7 @@ use crate::model::spec::Spec;
 pub(super) static ARCH: Arch = Arch {
     family: "llama",
     model_types: &["llama", "mistral"],
-    spec,
+    spec: Builder::Decoder(spec),
     prefixes: gated::PREFIXES,
     gguf: Some(&GGUF),
 };

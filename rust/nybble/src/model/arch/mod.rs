@@ -1,10 +1,13 @@
 //! The families: one file each, mapping `config.json`, weight names and GGUF files to a [`Spec`].
 //!
-//! A family is an [`Arch`]: the `model_type` names it goes by, how its configuration becomes a [`Spec`], which spellings of
+//! A family is an [`Arch`]: the `model_type` names it goes by, how its configuration becomes a [`Spec`] or, for those that
+//! read images, an [`EncoderSpec`], which spellings of
 //! its weight names are the same, and, where llama.cpp knows the family, how a GGUF file reads as a Hugging Face folder.
 //! [`ARCHS`] is the one list; adding a family is one file and one line.
 
 mod bloom;
+mod clip;
+mod dinov2;
 mod gated;
 mod gemma3;
 pub mod gguf;
@@ -13,9 +16,12 @@ mod llama;
 mod opt;
 mod qwen2;
 mod qwen3;
+mod vision;
+mod vit;
 
 use serde_json::Value;
 
+use super::encoder::EncoderSpec;
 use super::spec::Spec;
 use crate::error::{Error, Result};
 use gguf::GgufArch;
@@ -28,16 +34,36 @@ pub struct Arch {
     /// Values of `model_type` that mean it.
     pub model_types: &'static [&'static str],
     /// Its configuration as data.
-    pub spec: fn(&Value) -> Result<Spec>,
+    pub spec: Builder,
     /// Other beginnings of weight names and what they stand for; the first that fits is replaced.
     pub prefixes: &'static [(&'static str, &'static str)],
     /// How to read its GGUF files.
     pub gguf: Option<&'static GgufArch>,
 }
 
+/// How a configuration becomes data, by what the family does.
+#[derive(Debug, Clone, Copy)]
+pub enum Builder {
+    /// It writes text.
+    Decoder(fn(&Value) -> Result<Spec>),
+    /// It reads images.
+    Encoder(fn(&Value) -> Result<EncoderSpec>),
+}
+
 /// All families.
-pub static ARCHS: &[&Arch] =
-    &[&llama::ARCH, &qwen2::ARCH, &qwen3::ARCH, &gemma3::ARCH, &opt::ARCH, &bloom::ARCH, &gpt2::ARCH];
+pub static ARCHS: &[&Arch] = &[
+    &llama::ARCH,
+    &qwen2::ARCH,
+    &qwen3::ARCH,
+    &gemma3::ARCH,
+    &opt::ARCH,
+    &bloom::ARCH,
+    &gpt2::ARCH,
+    &vit::ARCH,
+    &dinov2::ARCH,
+    &clip::CLIP,
+    &clip::SIGLIP,
+];
 
 /// The values of `model_type` that are read.
 pub fn model_types() -> Vec<&'static str> {
@@ -68,12 +94,40 @@ pub fn find(config: &Value) -> Result<&'static Arch> {
     })
 }
 
-/// The specification of a configuration, whichever family it is of.
+/// The specification of a configuration, whichever family of decoders it is of.
 pub fn spec(config: &Value) -> Result<Spec> {
-    (find(config)?.spec)(config)
+    find(config)?.decoder(config)
+}
+
+/// The values of `model_type` that mean an image encoder.
+pub fn encoder_types() -> Vec<&'static str> {
+    let encoders = ARCHS.iter().filter(|arch| matches!(arch.spec, Builder::Encoder(_)));
+    encoders.flat_map(|arch| arch.model_types).copied().collect()
 }
 
 impl Arch {
+    /// The specification of a configuration of this family, if it is one of decoders.
+    pub fn decoder(&self, config: &Value) -> Result<Spec> {
+        match self.spec {
+            Builder::Decoder(spec) => spec(config),
+            Builder::Encoder(_) => Err(Error::unsupported(
+                format!("writing text with a {} model", self.family),
+                "it is an image encoder, which encodes and classifies images",
+            )),
+        }
+    }
+
+    /// The specification of a configuration of this family, if it is one of image encoders.
+    pub fn encoder(&self, config: &Value) -> Result<EncoderSpec> {
+        match self.spec {
+            Builder::Encoder(spec) => spec(config),
+            Builder::Decoder(_) => Err(Error::unsupported(
+                format!("encoding images with a {} model", self.family),
+                "it is a language model, which writes text",
+            )),
+        }
+    }
+
     /// The name transformers' own model class gives to the weight stored as `name`.
     pub fn canonical(&self, name: &str) -> String {
         for (other, usual) in self.prefixes {

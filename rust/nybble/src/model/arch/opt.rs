@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::Arch;
+use super::{Arch, Builder};
 use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::{
@@ -17,7 +17,7 @@ const OFFSET: usize = 2;
 pub(super) static ARCH: Arch = Arch {
     family: "opt",
     model_types: &["opt"],
-    spec,
+    spec: Builder::Decoder(spec),
     prefixes: &[("decoder.", "model.decoder.")],
     gguf: None,
 };
@@ -78,6 +78,7 @@ fn spec(config: &Value) -> Result<Spec> {
                 kv_heads: heads,
                 head_dim,
                 scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+                causal: true,
                 window: None,
                 softcap: None,
                 rope: None,

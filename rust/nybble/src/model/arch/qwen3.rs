@@ -2,15 +2,20 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Arch;
 use super::gated::{self, Traits, Windows};
 use super::gguf::{GATED_BLOCK, GgufArch, Metadata, unchanged};
+use super::{Arch, Builder};
 use crate::error::Result;
 use crate::model::config::Reader;
 use crate::model::spec::Spec;
 
-pub(super) static ARCH: Arch =
-    Arch { family: "qwen3", model_types: &["qwen3"], spec, prefixes: gated::PREFIXES, gguf: Some(&GGUF) };
+pub(super) static ARCH: Arch = Arch {
+    family: "qwen3",
+    model_types: &["qwen3"],
+    spec: Builder::Decoder(spec),
+    prefixes: gated::PREFIXES,
+    gguf: Some(&GGUF),
+};
 
 fn spec(config: &Value) -> Result<Spec> {
     let mut reader = Reader::new(config)?;

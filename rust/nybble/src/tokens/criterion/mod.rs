@@ -1,6 +1,6 @@
 //! What makes a token worth keeping: one file a criterion, one line in [`Criterion::all`] for each.
 
-mod random;
+pub(super) mod random;
 mod received;
 mod start;
 

@@ -26,7 +26,7 @@ impl Score for Random {
 }
 
 /// The output function of splitmix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit of `x`.
-fn mix(x: u64) -> u64 {
+pub(in crate::tokens) fn mix(x: u64) -> u64 {
     let z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -1,0 +1,1 @@
+"""Image encoders with published weights: converted, compared with other engines, and timed."""

@@ -1,0 +1,327 @@
+"""Encode images: tokens, embeddings, classes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nybble.errors import ArgumentError, UnsupportedError
+from nybble.runtime.files import read_json
+from nybble.runtime.generation import count
+from nybble.runtime.images import ImageProcessor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from nybble import _nybble
+    from nybble.runtime.images import Picture
+    from nybble.tokens import PatchMethod
+
+__all__ = ["Encoding", "ImageEncoder", "Prediction"]
+
+_MAX_CONFIG = 16 << 20
+_MAX_LABEL = 200
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an encoder makes of images.
+
+    Parameters
+    ----------
+    tokens
+        The last hidden states, ``[images, tokens, hidden]``, as transformers'
+        ``last_hidden_state``: learned tokens first, then the patches row by row.
+    embedding
+        One vector an image, ``[images, width]``: the class token of ViT, DeiT and DINOv2, the
+        projected class token of CLIP, the attention-pooled tokens of SigLIP.
+    logits
+        Class scores ``[images, labels]``; ``None`` without a classifier.
+    grid
+        Rows and columns of patches.
+    places
+        With pruned tokens, which patch each token behind the learned ones is, ``[images, tokens]``,
+        counted row by row; the largest number of the type for one that several were merged into.
+        ``None`` where nothing was pruned.
+    """
+
+    tokens: npt.NDArray[np.float32]
+    embedding: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32] | None
+    grid: tuple[int, int]
+    places: npt.NDArray[np.uint32] | None = None
+
+    @property
+    def patches(self) -> npt.NDArray[np.float32]:
+        """The patches' tokens, ``[images, rows, columns, hidden]``.
+
+        Raises
+        ------
+        ArgumentError
+            When some were pruned.
+        """
+        if self.places is not None:
+            message = "patches: expected all of them, found pruned tokens; see places"
+            raise ArgumentError(message)
+        rows, cols = self.grid
+        images, tokens, hidden = self.tokens.shape
+        return self.tokens[:, tokens - rows * cols :].reshape(images, rows, cols, hidden)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and how likely it is.
+
+    Parameters
+    ----------
+    index
+        Its number.
+    label
+        Its name; ``LABEL_7`` where the model has none.
+    score
+        Its probability.
+    """
+
+    index: int
+    label: str
+    score: float
+
+
+class ImageEncoder:
+    """A model that reads images.
+
+    Made by :func:`nybble.load`. One model can be used by several threads; they take turns.
+
+    Parameters
+    ----------
+    raw
+        The extension's encoder.
+    path
+        The folder it came from.
+    """
+
+    def __init__(self, raw: _nybble.Encoder, path: Path) -> None:
+        self.raw = raw
+        self.path = path
+        self.info: dict[str, Any] = json.loads(raw.info())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        *,
+        kv: str | None = None,
+        mmap: bool = True,
+    ) -> ImageEncoder:
+        """Load an encoder.
+
+        Parameters
+        ----------
+        path
+            A Hugging Face folder, compressed or not.
+        threads
+            Threads to use; by default ``NYBBLE_THREADS`` or the CPUs this process may use.
+        kv
+            How keys and values are held for the time of a layer: ``"f16"``, ``"f32"`` or
+            ``"int8"``. By default ``"f16"`` for quantized models, else ``"f32"``.
+        mmap
+            Whether the weights are mapped or read.
+
+        Raises
+        ------
+        NybbleError
+            Every failure is one of its subclasses, see :mod:`nybble.errors`.
+        """
+        from nybble import _nybble
+
+        place = Path(path).expanduser()
+        if threads is not None:
+            threads = count("threads", threads)
+        return cls(_nybble.Encoder.open(place, threads, kv, mmap), place)
+
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """How images are prepared, as the folder says."""
+        return ImageProcessor.from_folder(self.path)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        config = read_json(self.path / "config.json", _MAX_CONFIG)
+        names = config.get("id2label")
+        names = names if isinstance(names, dict) else {}
+        return tuple(
+            str(names.get(str(index), f"LABEL_{index}"))[:_MAX_LABEL]
+            for index in range(int(self.info["labels"]))
+        )
+
+    def preprocess(
+        self, images: Picture | Sequence[Picture], size: int | tuple[int, int] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Decode and prepare images.
+
+        Parameters
+        ----------
+        images
+            One image or several; see :func:`nybble.runtime.images.open_image`.
+        size
+            Height and width of the result in place of what the folder says, one number for both.
+
+        Returns
+        -------
+        Values of shape ``[images, 3, height, width]``.
+
+        Raises
+        ------
+        NybbleError
+            For an image or a folder that cannot be used.
+        """
+        import numpy as np
+
+        processor = self.processor
+        if size is not None:
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            if len(sides) != 2:
+                message = f"size: expected height and width, found {size!r:.60}"
+                raise ArgumentError(message)
+            height, width = (count("size", side) for side in sides)
+            processor = processor.at(height, width)
+        if not isinstance(images, (list, tuple)):
+            images = [images]  # type: ignore[list-item]  # not a sequence, so a picture
+        if not images:
+            message = "images: expected at least one, found none"
+            raise ArgumentError(message)
+        prepared = [processor(image) for image in images]
+        if len({pixels.shape for pixels in prepared}) > 1:
+            message = "images: expected all of one size after preparation; encode them one by one"
+            raise ArgumentError(message)
+        return np.stack(prepared)
+
+    def encode(
+        self,
+        images: Picture | Sequence[Picture] | npt.NDArray[np.float32],
+        *,
+        size: int | tuple[int, int] | None = None,
+        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+    ) -> Encoding:
+        """Encode images.
+
+        Parameters
+        ----------
+        images
+            One image or several, prepared by :meth:`preprocess`; or an array of float32
+            ``[images, channels, height, width]`` that is prepared already. Sides must be multiples
+            of the patch; where they are not those of the training, positions are interpolated.
+        size
+            As for :meth:`preprocess`.
+        tokens
+            Which patches the deeper layers do without: a method in
+            :data:`nybble.tokens.PATCH_METHODS`, its name, or a mapping with its ``name`` and its
+            settings. It is faster and changes the result.
+
+        Raises
+        ------
+        NybbleError
+            For an image that cannot be read or has an impossible size, and for a method that does
+            not fit the model.
+        """
+        import numpy as np
+
+        if isinstance(images, np.ndarray) and images.ndim == 4:
+            if images.dtype != np.float32:
+                message = f"images: expected prepared values of float32, found {images.dtype}"
+                raise ArgumentError(message)
+            if size is not None:
+                message = "size: expected none beside prepared values"
+                raise ArgumentError(message)
+            pixels: npt.NDArray[np.float32] = images  # type: ignore[assignment]  # just checked
+        else:
+            pixels = self.preprocess(images, size)  # type: ignore[arg-type]  # checked there
+        states, embedding, logits, places = self.raw.encode(pixels, _policy(tokens))
+        high, wide = self.info["patch"]
+        return Encoding(
+            tokens=states,
+            embedding=embedding,
+            logits=logits if self.info["labels"] else None,
+            grid=(pixels.shape[2] // high, pixels.shape[3] // wide),
+            places=places,
+        )
+
+    def macs(
+        self,
+        size: int | tuple[int, int] | None = None,
+        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+    ) -> int:
+        """Return the multiplications with additions that an image takes.
+
+        Those of the linears and of attention; choosing tokens is not counted.
+
+        Parameters
+        ----------
+        size
+            Height and width; by default what the positions were learned for.
+        tokens
+            As for :meth:`encode`.
+        """
+        sides = self.info["image"] if size is None else size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        return self.raw.macs(count("size", height), count("size", width), _policy(tokens))
+
+    def classify(
+        self,
+        images: Picture | Sequence[Picture] | npt.NDArray[np.float32],
+        top: int = 5,
+        *,
+        size: int | tuple[int, int] | None = None,
+        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+    ) -> list[list[Prediction]]:
+        """Return the likeliest classes of each image, best first.
+
+        Parameters
+        ----------
+        images, size, tokens
+            As for :meth:`encode`.
+        top
+            Most classes to return.
+
+        Raises
+        ------
+        UnsupportedError
+            When the model has no classifier.
+        """
+        import numpy as np
+
+        top = count("top", top)
+        if not self.info["labels"]:
+            message = f"{self.path}: classifying is not supported: the model has no classifier"
+            raise UnsupportedError(message)
+        logits = self.encode(images, size=size, tokens=tokens).logits
+        assert logits is not None  # there are labels
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        # Of equal scores the first class counts.
+        order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+        return [
+            [Prediction(int(i), self.labels[i], float(row[i])) for i in best]
+            for row, best in zip(shares, order, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        return f"ImageEncoder({str(self.path)!r}, {self.info.get('family')})"
+
+
+def _policy(tokens: PatchMethod | Mapping[str, Any] | str | None) -> str | None:
+    """Return a policy of token reduction as the extension reads it."""
+    if tokens is None:
+        return None
+    from nybble.tokens import PATCH_METHODS
+    from nybble.tokens.patches import patch_settings
+
+    return json.dumps(patch_settings(tokens, PATCH_METHODS))

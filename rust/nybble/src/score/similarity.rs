@@ -1,0 +1,159 @@
+//! Which tokens are alike: cosines of their features, and pairs made by them.
+//!
+//! No matrix of all cosines is held for a matching: some rows of it at a time, and of each only its best.
+
+use crate::error::{Error, Result};
+use crate::kernels::{Columns, Kernels, float_matmul};
+use crate::pack::Packed;
+use crate::threads::Pool;
+use crate::tokens::select::highest;
+
+/// Rows of cosines in memory at a time.
+const ROWS: usize = 128;
+
+/// For each of some tokens the one of others that is most like it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Matches {
+    /// Its number among the others; of several that are equally alike the first.
+    pub best: Vec<usize>,
+    /// The cosine.
+    pub cosine: Vec<f32>,
+}
+
+/// Pairs to merge.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Pairs {
+    /// Tokens that go, in ascending order.
+    pub from: Vec<usize>,
+    /// The token that each of them goes into; several may go into one.
+    pub into: Vec<usize>,
+}
+
+/// The rows of `features [n, dim]`, each with length 1; a row of zeros stays.
+pub fn normalised(pool: &Pool, kernels: &Kernels, features: &[f32], dim: usize) -> Result<Vec<f32>> {
+    if dim == 0 || !features.len().is_multiple_of(dim) {
+        return Err(Error::argument("features", format!("rows of {dim} values"), features.len()));
+    }
+    let mut rows = features.to_vec();
+    pool.split_rows(&mut rows, dim, &|_, rows| {
+        for row in rows.chunks_exact_mut(dim) {
+            let square: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            if square > 0.0 {
+                kernels.elementwise.scale(row, (1.0 / square.sqrt()) as f32);
+            }
+        }
+    });
+    Ok(rows)
+}
+
+/// Cosines `[a, b]` of the rows of two lists of features.
+pub fn cosines(pool: &Pool, kernels: &Kernels, a: &[f32], b: &[f32], dim: usize) -> Result<Vec<f32>> {
+    let a = normalised(pool, kernels, a, dim)?;
+    let b = normalised(pool, kernels, b, dim)?;
+    let (rows, cols) = (a.len() / dim, b.len() / dim);
+    let mut out = vec![0.0; rows * cols];
+    if !out.is_empty() {
+        let packed = Packed::from_f32(cols, dim, &b, pool)?;
+        float_matmul(pool, kernels.f32, &packed, &a, Columns::new(&mut out, rows, cols, 0, cols))?;
+    }
+    Ok(out)
+}
+
+/// For each row of `a` the row of `b` with the largest cosine; there must be one. A NaN is below all numbers.
+pub fn matches(pool: &Pool, kernels: &Kernels, a: &[f32], b: &[f32], dim: usize) -> Result<Matches> {
+    let a = normalised(pool, kernels, a, dim)?;
+    let b = normalised(pool, kernels, b, dim)?;
+    let cols = b.len() / dim;
+    let mut found = Matches::default();
+    if a.is_empty() {
+        return Ok(found);
+    }
+    if cols == 0 {
+        return Err(Error::argument("features", "at least one token to match with", "none"));
+    }
+    let packed = Packed::from_f32(cols, dim, &b, pool)?;
+    let mut line = vec![0.0; ROWS * cols];
+    for part in a.chunks(ROWS * dim) {
+        let rows = part.len() / dim;
+        let line = &mut line[..rows * cols];
+        float_matmul(pool, kernels.f32, &packed, part, Columns::new(line, rows, cols, 0, cols))?;
+        for cosines in line.chunks_exact(cols) {
+            let (mut best, mut top) = (0, f32::NEG_INFINITY);
+            for (i, &cosine) in cosines.iter().enumerate() {
+                if cosine > top {
+                    (best, top) = (i, cosine);
+                }
+            }
+            found.best.push(best);
+            found.cosine.push(top);
+        }
+    }
+    Ok(found)
+}
+
+/// `ToMe`'s bipartite matching (arXiv 2210.09461): tokens in even places are paired with the most similar one in an odd place,
+/// and the `count` most similar pairs are returned. The first `protected` tokens are left out on both sides. There are never
+/// more pairs than tokens in even places that may go, or none if no token may take them.
+pub fn bipartite(
+    pool: &Pool,
+    kernels: &Kernels,
+    features: &[f32],
+    dim: usize,
+    count: usize,
+    protected: usize,
+) -> Result<Pairs> {
+    if dim == 0 || !features.len().is_multiple_of(dim) {
+        return Err(Error::argument("features", format!("rows of {dim} values"), features.len()));
+    }
+    let n = features.len() / dim;
+    let side = |odd: usize| (0..n).filter(move |i| i % 2 == odd && *i >= protected).collect::<Vec<_>>();
+    let (from, into) = (side(0), side(1));
+    if count == 0 || from.is_empty() || into.is_empty() {
+        return Ok(Pairs::default());
+    }
+    let rows = |tokens: &[usize]| -> Vec<f32> {
+        tokens.iter().flat_map(|&token| &features[token * dim..(token + 1) * dim]).copied().collect()
+    };
+    let found = matches(pool, kernels, &rows(&from), &rows(&into), dim)?;
+    let mut keep = Vec::new();
+    highest(&found.cosine, count, &mut keep);
+    Ok(Pairs {
+        from: keep.iter().map(|&i| from[i]).collect(),
+        into: keep.iter().map(|&i| into[found.best[i]]).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_do_not_matter_and_zeros_match_nothing_better() {
+        let (pool, kernels) = (Pool::new(2).expect("threads"), Kernels::best());
+        let a = [3.0, 0.0, 0.0, 0.1, -2.0, -2.0, 0.0, 0.0];
+        let b = [0.0, 7.0, 1e-3, 0.0, -1.0, -1.0];
+        let found = matches(&pool, &kernels, &a, &b, 2).expect("good");
+        assert_eq!(found.best, [1, 0, 2, 0]);
+        assert!((found.cosine[2] - 1.0).abs() < 1e-6 && found.cosine[3].abs() < 1e-6);
+        let all = cosines(&pool, &kernels, &a, &b, 2).expect("good");
+        assert!((all[2] + 0.5_f32.sqrt()).abs() < 1e-6 && all.len() == 12);
+        assert!(matches(&pool, &kernels, &a, &[], 2).is_err());
+        assert!(matches(&pool, &kernels, &[], &[], 2).is_ok_and(|none| none == Matches::default()));
+        assert!(matches(&pool, &kernels, &a, &b, 3).is_err() && matches(&pool, &kernels, &a, &b, 0).is_err());
+    }
+
+    #[test]
+    fn pairs_cross_between_even_and_odd_places() {
+        let (pool, kernels) = (Pool::new(1).expect("one"), Kernels::best());
+        // Tokens 2 and 5 point the same way, 4 and 1 nearly, 0 is protected.
+        let features = [1.0, 0.0, 0.0, 1.0, -1.0, -1.0, 1.0, 1.0, 0.1, 1.0, -1.0, -1.0];
+        let pairs =
+            |count, protected| bipartite(&pool, &kernels, &features, 2, count, protected).expect("good");
+        assert_eq!(pairs(1, 1), Pairs { from: vec![2], into: vec![5] });
+        assert_eq!(pairs(2, 1), Pairs { from: vec![2, 4], into: vec![5, 1] });
+        assert_eq!(pairs(9, 1).from, [2, 4]);
+        assert_eq!(pairs(9, 2), Pairs { from: vec![2, 4], into: vec![5, 3] });
+        assert_eq!((pairs(0, 0), pairs(3, 6)), (Pairs::default(), Pairs::default()));
+        assert!(bipartite(&pool, &kernels, &features, 5, 1, 0).is_err());
+    }
+}

@@ -1,0 +1,244 @@
+"""Pruned patches: every method against a plain computation on transformers' own layers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import nybble
+from nybble import score
+from nybble.errors import ArgumentError, UnsupportedError
+from nybble.tokens import (
+    PATCH_METHODS,
+    AttentionReceived,
+    EViT,
+    RandomPatches,
+    ZeroTPrune,
+)
+from vision.encoders import make, save
+
+pytestmark = pytest.mark.timeout(120)
+
+METHODS = {
+    "random": RandomPatches(layers=(0, 1), keep=0.6),
+    "received": AttentionReceived(layers=(0, 1), keep=(0.75, 0.5)),
+    "evit": EViT(layers=(0, 1), keep=0.6),
+    "evit-drop": EViT(layers=(1,), keep=0.5, fuse=False),
+    "zero": ZeroTPrune(layers=(0, 1), keep=(0.8, 0.7), similar=4),
+    "zero-class": ZeroTPrune(layers=(0, 1), keep=0.7, similar=0, class_start=True, iterations=7),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pruning") / "vit"
+    place.mkdir()
+    save("vit", place)
+    return place
+
+
+def pixels(images, seed=0):
+    return np.random.default_rng(seed).standard_normal((images, 3, 24, 24)).astype(np.float32)
+
+
+def vote(attention, layer, method):
+    """Zero-TPrune's importance, from the tested scores."""
+    steps = method.iterations or score.pagerank_iterations(layer, 3)
+    ranks = score.pagerank(
+        np.ascontiguousarray(attention, dtype=np.float32),
+        iterations=steps,
+        tolerance=1e-3,
+        class_token=0 if method.class_start else None,
+    ).scores
+    return score.emphasise(ranks, score.informative_heads(ranks, method.variances))
+
+
+def zero_tprune(attention, keys, layer, keep, method):
+    """The patches that stay, token 0 being the class token."""
+    n = attention.shape[1]
+    left = list(range(1, n))
+    if twins := min(method.similar, (n - 1) // 2):
+        importance = vote(attention, layer, method)
+        order = sorted(left, key=lambda token: (importance[token], -token))
+        low, high = order[: len(left) // 2], order[len(left) // 2 :]
+        unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+        best = (unit[low] @ unit[high].T).max(axis=1)
+        gone = {low[i] for i in np.argsort(-best, kind="stable")[:twins]}
+        left = [token for token in left if token not in gone]
+    everyone = [0, *left]
+    graph = attention[:, everyone][:, :, everyone]
+    graph = graph / graph.sum(axis=2, keepdims=True)
+    importance = vote(graph, layer, method)[1:]
+    count = math.ceil(keep * len(left) - 1e-9)
+    best = np.argsort(-importance, kind="stable")[:count]
+    return [0, *sorted(left[i] for i in best)]
+
+
+def by_head(y):
+    return y[0].reshape(y.shape[1], 3, -1).transpose(0, 1)
+
+
+def reference(model, values, method):
+    """One image through transformers' layers, with tokens taken out as the method says."""
+    shares = method.keep if isinstance(method.keep, tuple) else (method.keep,) * len(method.layers)
+    with torch.no_grad():
+        x = model.vit.embeddings(torch.from_numpy(values[None]))
+        places = list(range(x.shape[1] - 1))
+        for index, layer in enumerate(model.vit.layers):
+            normed = layer.layernorm_before(x)
+            attend = layer.attention
+            q, k, v = (by_head(p(normed)) for p in (attend.q_proj, attend.k_proj, attend.v_proj))
+            weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=2)
+            x = x + attend.o_proj((weights @ v).transpose(0, 1).reshape(1, x.shape[1], -1))
+            chosen, merged = None, None
+            if index in method.layers:
+                share = shares[method.layers.index(index)]
+                graph = weights.numpy()
+                count = math.ceil(share * (x.shape[1] - 1) - 1e-9)
+                if isinstance(method, ZeroTPrune):
+                    keys = attend.k_proj(normed)[0].numpy()
+                    chosen = zero_tprune(graph, keys, index, share, method)
+                else:
+                    row = graph[:, 0].mean(0)
+                    scores = row if isinstance(method, EViT) else graph.mean(axis=(0, 1))
+                    best = np.argsort(-scores[1:], kind="stable")[:count]
+                    chosen = [0, *sorted(1 + i for i in best)]
+                    if isinstance(method, EViT) and method.fuse:
+                        rest = [i for i in range(x.shape[1]) if i not in chosen]
+                        weight = torch.from_numpy(row[rest])
+                        merged = (weight[:, None] * x[0, rest]).sum(0)
+            if chosen and not isinstance(method, ZeroTPrune):
+                x = x[:, chosen]
+                if merged is not None:
+                    x = torch.cat([x, merged[None, None]], dim=1)
+            x = x + layer.mlp(layer.layernorm_after(x))
+            if chosen and isinstance(method, ZeroTPrune):
+                x = x[:, chosen]
+            if chosen:
+                places = [places[i - 1] for i in chosen[1:]]
+                places += [2**32 - 1] if merged is not None else []
+        x = model.vit.layernorm(x)
+        return x[0].numpy(), model.classifier(x[:, 0])[0].numpy(), places
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+def test_as_transformers_layers_with_rows_taken_out(name, folder):
+    model, ours = make("vit"), nybble.load(folder, threads=2)
+    values = pixels(4)
+    found = ours.encode(values, tokens=METHODS[name])
+    for index in range(4):
+        tokens, logits, places = reference(model, values[index], METHODS[name])
+        assert found.places[index].tolist() == places
+        assert np.allclose(found.tokens[index], tokens, atol=1e-4 * np.abs(tokens).max())
+        assert np.allclose(found.logits[index], logits, atol=1e-4 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_batches_threads_and_counts(name, folder):
+    method = METHODS[name]
+    values = pixels(40)  # more than are computed together
+    two, one = nybble.load(folder, threads=2), nybble.load(folder, threads=1)
+    many = two.encode(values, tokens=method)
+    assert np.array_equal(one.encode(values, tokens=method).tokens, many.tokens)
+    assert many.tokens.shape[1] == 1 + many.places.shape[1]
+    assert many.tokens.shape[1] < 37
+    with pytest.raises(ArgumentError, match="pruned"):
+        _ = many.patches
+    if name != "random":  # chance goes by an image's place
+        for index in (0, 27, 39):
+            alone = one.encode(values[index : index + 1], tokens=method)
+            assert np.array_equal(alone.tokens[0], many.tokens[index])
+            assert np.array_equal(alone.places[0], many.places[index])
+    else:
+        assert not np.array_equal(many.places[0], many.places[1])
+        other = two.encode(values, tokens=RandomPatches(layers=(0, 1), keep=0.6, seed=1))
+        assert not np.array_equal(other.places, many.places)
+
+
+@pytest.mark.parametrize("name", PATCH_METHODS)
+def test_all_patches_kept_is_the_model_itself(name, folder):
+    ours = nybble.load(folder, threads=2)
+    method = {"name": name, "layers": [0, 2], "keep": 1.0}
+    if name == "zero_tprune":
+        method["similar"] = 0
+    dense, kept = ours.encode(pixels(3)), ours.encode(pixels(3), tokens=method)
+    assert np.array_equal(dense.tokens, kept.tokens)
+    assert np.array_equal(kept.places, np.tile(np.arange(36), (3, 1)))
+    assert ours.macs(tokens=method) == ours.macs()
+
+
+@pytest.mark.parametrize("name", ["deit-teacher", "dinov2-registers", "siglip", "clip"])
+def test_learned_tokens_stay(name, tmp_path):
+    save(name, tmp_path)
+    ours = nybble.load(tmp_path, threads=2)
+    learned = ours.info["learned_tokens"]
+    for method in (AttentionReceived((0, 1), 0.5), ZeroTPrune((0, 1), 0.5, similar=3)):
+        found = ours.encode(pixels(2), tokens=method)
+        assert found.tokens.shape[1] == learned + found.places.shape[1]
+        assert np.isfinite(found.embedding).all()
+        assert ours.macs(tokens=method) < ours.macs()
+    if name == "siglip":
+        for method in (EViT((0, 1)), ZeroTPrune((0, 1), 0.5, class_start=True)):
+            with pytest.raises(UnsupportedError, match="class"):
+                ours.encode(pixels(1), tokens=method)
+
+
+def test_compressed_models_prune_as_well(folder, tmp_path):
+    recipe = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    nybble.compress(folder, tmp_path / "small", recipe=recipe, progress=False)
+    small, large = nybble.load(tmp_path / "small"), nybble.load(folder)
+    for method in (METHODS["received"], METHODS["zero"]):
+        a, b = small.encode(pixels(4), tokens=method), large.encode(pixels(4), tokens=method)
+        assert a.tokens.shape == b.tokens.shape
+        shared = [len(set(x) & set(y)) / len(x) for x, y in zip(a.places, b.places, strict=True)]
+        assert np.mean(shared) > 0.8
+
+
+def test_macs_by_hand(folder):
+    ours = nybble.load(folder)
+    layer = 4 * 48 * 48 + 2 * 48 * 80
+
+    def attention(n):
+        return 2 * n * n * 48
+
+    embed = 36 * 48 * 48
+    assert ours.macs() == ours.info["macs"] == embed + 3 * (37 * layer + attention(37))
+    # 18 of 36 patches stay behind layer 1: its feed-forward block has 19 tokens already.
+    pruned = ours.macs(tokens=AttentionReceived((1,), 0.5))
+    mlp = 2 * 48 * 80
+    wanted = embed + 2 * (37 * layer + attention(37)) - 18 * mlp + 19 * layer + attention(19)
+    assert pruned == wanted
+    assert ours.macs(48) > 3 * ours.macs()
+
+
+def test_schedules_that_mean_nothing(folder):
+    ours = nybble.load(folder)
+    for wrong, error in [
+        (AttentionReceived((3,), 0.5), ArgumentError),
+        (AttentionReceived((1, 0), 0.5), ArgumentError),
+        (AttentionReceived((), 0.5), ArgumentError),
+        (AttentionReceived((0, 1), 0.0), ArgumentError),
+        (AttentionReceived((0, 1), (0.5,)), ArgumentError),
+        (AttentionReceived((0, 1), (0.5, float("nan"))), ArgumentError),
+        (AttentionReceived((0,), 1.5), ArgumentError),
+        (ZeroTPrune((0,), 0.5, similar=-1), ArgumentError),
+        (ZeroTPrune((0,), 0.5, variances=(1.0, 0.5)), ArgumentError),
+        ("zero-tprune", ArgumentError),
+        ({"layers": [0]}, ArgumentError),
+        ({"name": "evit", "rate": 0.5}, ArgumentError),
+        (7, ArgumentError),
+    ]:
+        with pytest.raises(error):
+            ours.encode(pixels(1), tokens=wrong)
+    # The least that a schedule leaves is one patch.
+    least = ours.encode(pixels(1), tokens=AttentionReceived((0, 1), 1e-6))
+    assert least.tokens.shape[1] == 2
