@@ -114,7 +114,7 @@ def test_predictions_come_nearer_and_integers_stay(family, scheme):
     rng = np.random.default_rng(0)
     few = rng.integers(0, 90, (4, 24))
     windows = np.concatenate([few] * 10)
-    tuned = ScaleTuning(rate=3e-3).fit(
+    tuned = ScaleTuning(rate=3e-3, zero_rate=5e-3).fit(
         torch, original, model, linears, gains, windows, progress=False
     )
     assert np.mean(tuned.divergences[-4:]) < 0.9 * np.mean(tuned.divergences[:4])

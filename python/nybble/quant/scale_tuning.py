@@ -61,7 +61,9 @@ class ScaleTuning:
     Rounding of activations is done as while running, and taken for the identity by the gradient.
 
     Defaults: a pass over 32768 tokens, Adam at rates that rise over the first tenth of the steps
-    and fall to nothing by a cosine.
+    and fall to nothing by a cosine. Zero points stay: on a model of 135M parameters moving them
+    (``zero_rate`` 0.005) took the perplexity after 16 steps to 20.37 in place of 20.50; after 64,
+    with a ``rate`` of 0.0015, from 21.15 to 20.16, where 0.001 without it goes from 20.91 to 20.01.
 
     What differs: relative changes ``t`` and ``u`` in the place of the scales themselves, so that
     one rate does for all; a thousandth of the paper's tokens. The whole model is in memory twice in
@@ -82,8 +84,8 @@ class ScaleTuning:
 
     tokens: int = 32768
     context: int = 512
-    rate: float = 1.5e-3
-    zero_rate: float = 5e-3
+    rate: float = 1e-3
+    zero_rate: float = 0.0
 
     def __post_init__(self) -> None:
         within("scales: tokens", self.tokens, 1, 1 << 30, int)
