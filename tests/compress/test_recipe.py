@@ -129,7 +129,7 @@ def test_who_needs_calibration():
 def test_unknown_names_and_methods_list_the_near_ones(tmp_path):
     with pytest.raises(ArgumentError, match="did you mean w4a8"):
         read("w4a9")
-    with pytest.raises(ArgumentError, match="did you mean rtn"):
+    with pytest.raises(ConfigError, match=r"recipe: .*did you mean rtn"):
         read({"weights": {"method": "rtnn"}})
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         read(tmp_path / "absent.yaml")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nybble.compress.recipe import read
 from nybble.errors import ArgumentError, ConfigError
-from nybble.sparsity import METHODS, Cats, Chess, Seen, Teal, make
+from nybble.sparsity import METHODS, Cats, Chess, Seen, Teal
 
 
 def seen(act, up=None, **inputs):
@@ -65,7 +65,10 @@ def test_teal_takes_every_input():
 def test_more_sparsity_is_never_fewer_zeros(name, seed, one, two):
     rng = np.random.default_rng(seed)
     values = seen(rng.standard_normal((40, 12)), rng.standard_normal((40, 12)))
-    low, high = (make({"name": name, "sparsity": k}).fit(values) for k in sorted((one, two)))
+    low, high = (
+        METHODS.make({"name": name, "sparsity": k}, "sparsity").fit(values)
+        for k in sorted((one, two))
+    )
     assert (low.neurons <= high.neurons).all()
     assert high.active <= low.active
     # The share that was asked for, to one value.
@@ -75,7 +78,7 @@ def test_more_sparsity_is_never_fewer_zeros(name, seed, one, two):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, "name of a method"),
+        ({}, "expected a name"),
         ({"name": "ches"}, "did you mean chess"),
         ({"name": "chess", "sparsity": 1}, "below 1, found 1"),
         ({"name": "cats", "sparsity": -0.1}, "at least 0"),
@@ -88,7 +91,7 @@ def test_more_sparsity_is_never_fewer_zeros(name, seed, one, two):
 )
 def test_what_cannot_be_meant(values, words):
     with pytest.raises(ArgumentError, match=words):
-        make(values)
+        METHODS.make(values, "sparsity")
     with pytest.raises(ConfigError, match=words):
         read({"sparsity": values})
 
@@ -99,5 +102,7 @@ def test_a_recipe_says_it_all():
     assert recipe.needs_calibration() == "sparsity"
     assert recipe.needs_layers() == ""
     assert recipe.run_settings() == {"sparsity": {"name": "chess", "sparsity": 0.4}}
-    with pytest.raises(ConfigError, match="a mapping"):
-        read({"sparsity": "chess"})
+    assert read({"sparsity": "chess"}).sparsifier() == Chess()
+    assert read({"sparsity": "chess"}).run_settings() == {"sparsity": {"name": "chess"}}
+    with pytest.raises(ConfigError, match="alone or in a mapping"):
+        read({"sparsity": 3})

@@ -11,7 +11,7 @@ import nybble
 from nybble.compress import compress
 from nybble.errors import ArgumentError, FormatError, UnsupportedError
 from nybble.eval import ppl_sparsity
-from nybble.sparsity import Thresholds, make, observe
+from nybble.sparsity import METHODS, Thresholds, observe
 from plain import ids
 from tiny import write_llama, write_tokenizer
 
@@ -75,7 +75,10 @@ def test_logits_are_those_of_the_masked_model(settings, tmp_path):
     model = nybble.load(tmp_path, 2)
     vocab = model.vocab_size
     windows = np.random.default_rng(0).integers(0, vocab, (4, 48))
-    thresholds = [off_values(make(settings).fit(seen)) for seen in observe(model.raw, windows)]
+    thresholds = [
+        off_values(METHODS.make(settings, "sparsity").fit(seen))
+        for seen in observe(model.raw, windows)
+    ]
     dense = model.forward(windows[0])
     model.sparsify(thresholds)
     masked(reference, thresholds)
@@ -220,7 +223,9 @@ def test_what_a_family_cannot_cut_is_refused(tmp_path):
         model.sparsify([Thresholds(inputs={"q": 0.1})] * layers)
     # Without a gate neurons are cut by the activation function's values.
     windows = np.random.default_rng(1).integers(0, model.vocab_size, (2, 32))
-    thresholds = [make({"name": "cats"}).fit(seen) for seen in observe(model.raw, windows)]
+    thresholds = [
+        METHODS.make("cats", "sparsity").fit(seen) for seen in observe(model.raw, windows)
+    ]
     dense = model.forward(windows[0])
     model.sparsify(thresholds)
     assert np.abs(model.forward(windows[0]) - dense).max() > 0

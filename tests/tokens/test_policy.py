@@ -49,7 +49,7 @@ FULL = {
         ({"name": "agile_quant", "bits": 5}, "tokens.bits: expected 4"),
         ({"name": "agile_quant", "ratio": 0.5}, "unknown key in tokens"),
         (3, "expected a TokenPolicy or a mapping, found int"),
-        ("start", "found str"),
+        ("start", "unknown token reduction method"),
     ],
 )
 def test_what_cannot_be_meant(values, words, tiny_folder):

@@ -259,9 +259,9 @@ def _sparsity(
     from nybble.cli import output
     from nybble.eval import ppl_sparsity
     from nybble.runtime import load
-    from nybble.sparsity import make
+    from nybble.sparsity import METHODS
 
-    chosen = make({"name": method})
+    chosen = METHODS.make(method, "sparsity")
     path = options.open_path(name)
     model = load(path, threads, kv=kv, draft="off")
     size = min(512, model.context)

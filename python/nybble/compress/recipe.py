@@ -47,11 +47,12 @@ A head that shares the embedding's matrix has the embedding's scheme, whatever `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -59,12 +60,15 @@ from nybble.errors import ArgumentError, ConfigError
 from nybble.quant import FOLDS, METHODS, TUNINGS, ScaleTuning
 from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
-from nybble.registry import Registry, unknown
+from nybble.registry import Registry, make, unknown
 from nybble.runtime.files import read_text
-from nybble.sparsity import SparsityMethod, make
+from nybble.sparsity import METHODS as SPARSITIES
+from nybble.sparsity import SparsityMethod
 from nybble.tokens import settings
 
 __all__ = ["Activations", "Calibration", "Matrix", "Recipe", "Weights", "read", "shipped"]
+
+T = TypeVar("T")
 
 _MAX_FILE = 1 << 20
 _LAYER_ROLES = ("qkv", "out", "gate_up", "down")
@@ -116,8 +120,7 @@ class Weights:
 
     def quantizer(self) -> Quantizer:
         """Return the method, made with its settings."""
-        quantizer: Quantizer = _method(METHODS, self.method, "weights.method")
-        return quantizer
+        return _method(METHODS, self.method, "weights.method")
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ class Recipe:
     floats: str = "auto"
     softmax: str = "exact"
     tokens: Mapping[str, Any] | None = None
-    sparsity: Mapping[str, Any] | None = None
+    sparsity: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.sparsifier()
@@ -273,30 +276,20 @@ class Recipe:
             message += "each chooses the factors of the same channels"
             raise ConfigError(message)
         for named in self.folds:
-            fold: Fold = _method(FOLDS, named, "folds")
-            return fold
+            return _method(FOLDS, named, "folds")
         return None
 
     def tuner(self) -> ScaleTuning | None:
         """Return the tuning, made with its settings; ``None`` without one."""
         if self.tuning is None:
             return None
-        tuner: ScaleTuning = _method(TUNINGS, self.tuning, "tuning")
-        return tuner
+        return _method(TUNINGS, self.tuning, "tuning")
 
     def sparsifier(self) -> SparsityMethod | None:
         """Return the method that finds thresholds, made with its settings; ``None`` without one."""
-        given: object = self.sparsity
-        if given is None:
+        if self.sparsity is None:
             return None
-        if not isinstance(given, Mapping):
-            message = f"recipe: sparsity: expected a mapping, found {given!r:.60}"
-            raise ConfigError(message)
-        try:
-            return make(given)
-        except ArgumentError as error:
-            message = f"recipe: {error}"
-            raise ConfigError(message) from None
+        return _method(SPARSITIES, self.sparsity, "sparsity")
 
     def needs_calibration(self) -> str:
         """Return which key needs calibration text; an empty text if none does."""
@@ -355,7 +348,8 @@ class Recipe:
         if self.tokens is not None:
             settings["tokens"] = dict(self.tokens)
         if self.sparsity is not None:
-            settings["sparsity"] = dict(self.sparsity)
+            named = self.sparsity
+            settings["sparsity"] = {"name": named} if isinstance(named, str) else dict(named)
         return settings
 
     def with_options(
@@ -392,10 +386,9 @@ class Recipe:
         values["ignore"] = list(self.ignore)
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         values["activations"]["roles"] = dict(self.activations.roles)
-        if self.sparsity is not None:
-            values["sparsity"] = dict(self.sparsity)
-        if isinstance(self.tuning, Mapping):
-            values["tuning"] = dict(self.tuning)
+        for name in ("sparsity", "tuning"):
+            if isinstance(values[name], Mapping):
+                values[name] = dict(values[name])
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
@@ -487,7 +480,7 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
             if not isinstance(made[name], Mapping):
                 message = f"recipe: {name}: expected a mapping, found {made[name]!r:.60}"
                 raise ConfigError(message)
-            made[name] = _make(kind, made[name], name)
+            made[name] = _section(kind, made[name], name)
     if "ignore" in made:
         patterns = made["ignore"]
         patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -502,21 +495,28 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
             message = f"recipe: folds: expected a list of names, found {folds!r:.60}"
             raise ConfigError(message)
         made["folds"] = tuple(folds)
-    recipe: Recipe = _make(Recipe, made, "recipe")
-    return recipe
+    return _section(Recipe, made, "recipe")
 
 
-def _method(known: Registry[Any], named: object, where: str) -> Any:
+def _section(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    with _in_recipe():
+        return make(kind, values, where)
+
+
+def _method(known: Registry[T], named: object, where: str) -> T:
     """Make a method from its name, or from a mapping with its name and settings."""
-    settings: dict[str, Any] = {}
-    name = named
-    if isinstance(named, Mapping):
-        settings = dict(named)
-        name = settings.pop("name", None)
-    if not isinstance(name, str):
-        message = f"recipe: {where}: expected a name, found {name!r:.60}"
-        raise ConfigError(message)
-    return _make(known.lookup(name), settings, f"{where} {name}")
+    with _in_recipe():
+        return known.make(named, where)
+
+
+@contextmanager
+def _in_recipe() -> Iterator[None]:
+    """Say of a wrong setting that it stands in a recipe."""
+    try:
+        yield
+    except ArgumentError as error:
+        message = f"recipe: {error}"
+        raise ConfigError(message) from None
 
 
 def _tokens(values: object) -> dict[str, Any] | None:
@@ -524,17 +524,5 @@ def _tokens(values: object) -> dict[str, Any] | None:
     if not isinstance(values, Mapping):
         message = f"recipe: tokens: expected a mapping, found {values!r:.60}"
         raise ConfigError(message)
-    try:
+    with _in_recipe():
         return settings(values)
-    except ArgumentError as error:
-        message = f"recipe: {error}"
-        raise ConfigError(message) from None
-
-
-def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    """Make a dataclass from a mapping, refusing keys it does not have."""
-    names = [f.name for f in dataclasses.fields(kind)]
-    for name in values:
-        if name not in names:
-            raise ConfigError(unknown(f"key in {where}", name, names))
-    return kind(**values)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ArgumentError, UnsupportedError
-from nybble.runtime.files import read_json
+from nybble.runtime.files import MAX_CONFIG, read_json
 from nybble.runtime.generation import count
 from nybble.runtime.images import ImageProcessor
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoding", "ImageEncoder", "Prediction"]
 
-_MAX_CONFIG = 16 << 20
 _MAX_LABEL = 200
 
 
@@ -154,7 +153,7 @@ class ImageEncoder:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes."""
-        config = read_json(self.path / "config.json", _MAX_CONFIG)
+        config = read_json(self.path / "config.json", MAX_CONFIG)
         names = config.get("id2label")
         names = names if isinstance(names, dict) else {}
         return tuple(

@@ -8,7 +8,10 @@ from typing import Any
 
 from nybble.errors import FileError, FormatError, MissingFileError
 
-__all__ = ["read_json", "read_text"]
+__all__ = ["MAX_CONFIG", "read_json", "read_text"]
+
+MAX_CONFIG = 16 << 20
+"""Most bytes of a configuration file."""
 
 
 def read_text(path: Path, limit: int) -> str:

@@ -1,4 +1,4 @@
-"""Load a model, ask it for logits, text or an answer."""
+"""Ask a language model for logits, text or an answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from nybble.errors import ArgumentError, NybbleError
-from nybble.runtime.files import read_json
+from nybble.errors import ArgumentError
+from nybble.runtime.files import MAX_CONFIG, read_json
 from nybble.runtime.generation import Generation, Sampling, Stream, count
 from nybble.runtime.session import Session, token_array
 
@@ -23,29 +23,20 @@ if TYPE_CHECKING:
     from nybble.runtime.tokenizer import Tokenizer
     from nybble.sparsity import Thresholds
     from nybble.speculate import Drafts
+    from nybble.speculate.settings import DraftLike
     from nybble.tokens import TokenMethod, TokenPolicy
 
-    _Draft: TypeAlias = Drafts | Mapping[str, Any] | Sequence[str] | str | bool | None
-
-__all__ = [
-    "DEFAULT_NEW_TOKENS",
-    "LanguageModel",
-    "NybbleForCausalLM",
-    "from_pretrained",
-    "load",
-    "load_language",
-]
+__all__ = ["DEFAULT_NEW_TOKENS", "LanguageModel"]
 
 DEFAULT_NEW_TOKENS = 256
 """Most new tokens when nothing is asked for."""
-_MAX_CONFIG = 16 << 20
 
 
 class LanguageModel:
     """A model that writes text.
 
-    Made by :func:`load`. One model can be used by several threads; its weights are shared and the
-    threads take turns. A child process after ``fork`` can go on using it.
+    Made by :func:`nybble.load`. One model can be used by several threads; its weights are shared
+    and the threads take turns. A child process after ``fork`` can go on using it.
 
     Parameters
     ----------
@@ -54,16 +45,16 @@ class LanguageModel:
     path
         The folder or file it came from.
     draft
-        How it speculates, as for :func:`load_language`.
+        How it speculates, as for :func:`nybble.runtime.load_language`.
     sparsity
-        What it takes for zero, as for :func:`load_language`.
+        What it takes for zero, as for :func:`nybble.runtime.load_language`.
     """
 
     def __init__(
         self,
         raw: _nybble.Model,
         path: Path,
-        draft: _Draft = "off",
+        draft: DraftLike = "off",
         sparsity: Sequence[Thresholds] | str | None = None,
     ) -> None:
         self.raw = raw
@@ -99,7 +90,7 @@ class LanguageModel:
         ends: set[int] = set()
         if self.path.is_dir():
             for name in ("generation_config.json", "config.json"):
-                value = read_json(self.path / name, _MAX_CONFIG, missing={}).get("eos_token_id")
+                value = read_json(self.path / name, MAX_CONFIG, missing={}).get("eos_token_id")
                 found = value if isinstance(value, list) else [value]
                 ends |= {i for i in found if isinstance(i, int) and 0 <= i < self.vocab_size}
                 if ends:
@@ -116,9 +107,12 @@ class LanguageModel:
         Parameters
         ----------
         tokens
-            How prompts in it are reduced, if not as the model says; as for :func:`load_language`.
+            How prompts in it are reduced, if not as the model says; as for
+            :func:`nybble.runtime.load_language`.
         """
-        raw = self.raw.session(_tokens(tokens), self._sparsity, self._sparsity is None)
+        from nybble.tokens import to_json
+
+        raw = self.raw.session(to_json(tokens), self._sparsity, self._sparsity is None)
         return Session(raw, self.vocab_size)
 
     def sparsify(self, sparsity: Sequence[Thresholds] | str | None, *, probe: bool = True) -> None:
@@ -127,7 +121,7 @@ class LanguageModel:
         Parameters
         ----------
         sparsity
-            As for :func:`load_language`.
+            As for :func:`nybble.runtime.load_language`.
         probe
             Whether to find out where skipping them saves time; without it none are skipped, with
             the same results.
@@ -210,7 +204,7 @@ class LanguageModel:
         skip_special_tokens: bool = True,
         parse_special: bool = False,
         session: Session | None = None,
-        draft: _Draft = None,
+        draft: DraftLike = None,
     ) -> Stream:
         """Continue `prompt` and give out the text while it comes.
 
@@ -237,7 +231,7 @@ class LanguageModel:
             The session to continue in: what `prompt` shares with it is not computed again.
         draft
             How to speculate, if not as the model was told when it was loaded; as for
-            :func:`load_language`.
+            :func:`nybble.runtime.load_language`.
             It changes the speed, never the tokens.
 
         Raises
@@ -315,7 +309,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         skip_special_tokens: bool = True,
         session: Session | None = None,
-        draft: _Draft = None,
+        draft: DraftLike = None,
         **sampling: Any,
     ) -> Stream:
         """Answer the last of `messages` and give out the text while it comes.
@@ -365,7 +359,7 @@ class LanguageModel:
         ends: tuple[int, ...],
         skip_special_tokens: bool,
         session: Session | None,
-        draft: _Draft,
+        draft: DraftLike,
         continues: bool,
     ) -> Stream:
         import numpy as np
@@ -409,13 +403,13 @@ class LanguageModel:
             on_end=None if speculator is None else lambda: self._keep_times(speculator),
         )
 
-    def speculator(self, draft: _Draft = None) -> _nybble.Speculator | None:
+    def speculator(self, draft: DraftLike = None) -> _nybble.Speculator | None:
         """Return what texts drafted that way share, made when first asked for.
 
         Parameters
         ----------
         draft
-            As for :func:`load_language`; ``None`` for what the model was told there.
+            As for :func:`nybble.runtime.load_language`; ``None`` for what the model was told there.
 
         Returns
         -------
@@ -456,7 +450,7 @@ class LanguageModel:
             self._kept_times = found
             times.write(self.info, found)
 
-    def save_drafts(self, path: str | os.PathLike[str], draft: _Draft = None) -> None:
+    def save_drafts(self, path: str | os.PathLike[str], draft: DraftLike = None) -> None:
         """Save what recycling learned, for ``draft={"matrix": path}``.
 
         Parameters
@@ -487,135 +481,3 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
         message = "stop: expected texts of at least one character"
         raise ArgumentError(message)
     return tuple(stops)
-
-
-def _tokens(tokens: object) -> str | None:
-    """Return a policy of token reduction as the extension reads it."""
-    if tokens is None:
-        return None
-    if tokens == "off":
-        return "null"
-    from nybble.tokens import settings
-
-    return json.dumps(settings(tokens))  # type: ignore[arg-type]  # checked there
-
-
-def load(
-    path: str | os.PathLike[str],
-    threads: int | None = None,
-    *,
-    kv: str | None = None,
-    mmap: bool = True,
-    **options: Any,
-) -> Any:
-    """Load a model: a :class:`LanguageModel`, or for an image encoder's folder an image encoder.
-
-    Parameters
-    ----------
-    path
-        A Hugging Face folder, compressed or not, or a GGUF file.
-    threads, kv, mmap
-        As for :func:`load_language`.
-    **options
-        The other parameters of :func:`load_language`; a model that reads images has none.
-
-    Returns
-    -------
-    LanguageModel or ImageEncoder
-        :class:`nybble.runtime.encoder.ImageEncoder` when ``model_type`` in ``config.json`` names a
-        family of image encoders. Where the type must be known beforehand, call
-        :func:`load_language` or ``ImageEncoder.from_pretrained``.
-
-    Raises
-    ------
-    NybbleError
-        Every failure is one of its subclasses, see :mod:`nybble.errors`.
-    """
-    if not _reads_images(Path(path).expanduser()):
-        return load_language(path, threads, kv=kv, mmap=mmap, **options)
-    if options:
-        message = f"{sorted(options)[0]}: expected nothing for an image encoder: it writes no text"
-        raise ArgumentError(message)
-    from nybble.runtime.encoder import ImageEncoder
-
-    return ImageEncoder.from_pretrained(path, threads, kv=kv, mmap=mmap)
-
-
-def _reads_images(place: Path) -> bool:
-    """Whether a configuration is of an image encoder; what is wrong with it shows later."""
-    from nybble import _nybble
-
-    with contextlib.suppress(NybbleError):
-        config = read_json(place / "config.json", _MAX_CONFIG, missing={})
-        return config.get("model_type") in _nybble.encoder_types()
-    return False
-
-
-def load_language(
-    path: str | os.PathLike[str],
-    threads: int | None = None,
-    *,
-    context: int | None = None,
-    kv: str | None = None,
-    mmap: bool = True,
-    tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None = None,
-    draft: _Draft = "auto",
-    sparsity: Sequence[Thresholds] | str | None = None,
-) -> LanguageModel:
-    """Load a model that writes text.
-
-    Parameters
-    ----------
-    path
-        A Hugging Face folder, compressed or not, or a GGUF file.
-    threads
-        Threads to use; by default ``NYBBLE_THREADS`` or the CPUs this process may use.
-    context
-        Most tokens of a text, if fewer than the model was made for.
-    kv
-        How keys and values are kept: ``"f16"`` or ``"f32"``, or ``"int8"`` with a scale for each
-        position and head, which halves ``"f16"``'s memory again. By default ``"f16"`` for quantized
-        models, else ``"f32"``.
-    mmap
-        Whether the weights are mapped (their memory is shared and given back) or read.
-    tokens
-        Which tokens of prompts are reduced: a :class:`nybble.tokens.TokenPolicy`, a method, or a
-        mapping with the settings of either (see :func:`nybble.tokens.settings`). By default what
-        the folder says; ``"off"`` for none.
-    draft
-        How to speculate; it changes the speed, never the tokens. ``"auto"`` where and as far as it
-        pays by measured times, ``"off"`` never; sources (``"recycle,ngram"``), a mapping, or
-        :class:`nybble.speculate.Drafts` choose how.
-    sparsity
-        What is taken for zero: for each layer a :class:`nybble.sparsity.Thresholds`. By default
-        what the folder says; ``"off"`` for nothing.
-
-    Raises
-    ------
-    NybbleError
-        Every failure is one of its subclasses, see :mod:`nybble.errors`.
-    """
-    from nybble import _nybble
-
-    place = Path(path).expanduser()
-    if threads is not None:
-        threads = count("threads", threads)
-    if context is not None:
-        context = count("context", context)
-    raw = _nybble.Model.open(place, threads, context, kv, mmap, _tokens(tokens))
-    from nybble.speculate import parse
-
-    parse(draft)  # what it names is opened when it is needed; what means nothing fails here
-    return LanguageModel(raw, place, draft, sparsity)
-
-
-from_pretrained = load
-
-
-class NybbleForCausalLM:
-    """The name transformers' users look for."""
-
-    @staticmethod
-    def from_pretrained(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
-        """Load a model; see :func:`load_language`."""
-        return load_language(path, **options)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ArgumentError, FormatError, MissingFileError, UnsupportedError
 from nybble.runtime.chat import Marker, render_messages
-from nybble.runtime.files import read_json, read_text
+from nybble.runtime.files import MAX_CONFIG, read_json, read_text
 from nybble.runtime.gguf_tokenizer import byte_level_json, rebuild, template_processor
 from nybble.runtime.guard import tokenizer_errors
 from nybble.runtime.text import TextDecoder
@@ -27,7 +27,6 @@ __all__ = ["MAX_FILE", "Tokenizer", "from_folder", "from_gguf", "save"]
 
 MAX_FILE = 256 << 20
 """Bytes of a ``tokenizer.json``."""
-_MAX_CONFIG = 16 << 20
 _MAX_ID = (1 << 32) - 1
 
 
@@ -287,8 +286,8 @@ def from_folder(path: str | Path) -> Tokenizer:
         When the folder has a tokenizer of a kind that is not read here.
     """
     folder = Path(path)
-    config = read_json(folder / "tokenizer_config.json", _MAX_CONFIG, missing={})
-    more = read_json(folder / "special_tokens_map.json", _MAX_CONFIG, missing={})
+    config = read_json(folder / "tokenizer_config.json", MAX_CONFIG, missing={})
+    more = read_json(folder / "special_tokens_map.json", MAX_CONFIG, missing={})
     for name, value in more.items():
         config.setdefault(name, value)
     templates = _templates(folder, config)
@@ -331,12 +330,12 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         for item in value:
             if isinstance(item, Mapping) and isinstance(item.get("template"), str):
                 templates[str(item.get("name"))] = item["template"]
-    legacy = read_json(folder / "chat_template.json", _MAX_CONFIG, missing={}).get("chat_template")
+    legacy = read_json(folder / "chat_template.json", MAX_CONFIG, missing={}).get("chat_template")
     if isinstance(legacy, str):
         templates["default"] = legacy
     file = folder / "chat_template.jinja"
     if file.exists():
-        templates["default"] = read_text(file, _MAX_CONFIG)
+        templates["default"] = read_text(file, MAX_CONFIG)
     return templates
 
 

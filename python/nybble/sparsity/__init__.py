@@ -17,7 +17,6 @@ from nybble.sparsity.base import (
     Seen,
     SparsityMethod,
     Thresholds,
-    make,
     observe,
     write,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "SparsityMethod",
     "Teal",
     "Thresholds",
-    "make",
     "observe",
     "write",
 ]

@@ -23,7 +23,7 @@ from nybble.registry import unknown
 if TYPE_CHECKING:
     from nybble import _nybble
 
-__all__ = ["INPUTS", "Seen", "SparsityMethod", "Thresholds", "make", "observe", "share", "write"]
+__all__ = ["INPUTS", "Seen", "SparsityMethod", "Thresholds", "observe", "share", "write"]
 
 INPUTS = ("q", "qkv", "out", "gate_up", "down")
 """The inputs that may have a threshold: of queries alone, of queries, keys and values, of the
@@ -183,34 +183,6 @@ def share(name: str, value: object) -> None:
             f"sparsity.{name}: expected a share of at least 0 and below 1, found {value!r:.60}"
         )
         raise ArgumentError(message)
-
-
-def make(values: Mapping[str, Any]) -> SparsityMethod:
-    """Make a method from its name and its settings.
-
-    Parameters
-    ----------
-    values
-        ``name``, one of :data:`nybble.sparsity.METHODS`, and the method's settings.
-
-    Raises
-    ------
-    ArgumentError
-        When a name or a value is not known.
-    """
-    from nybble.sparsity import METHODS
-
-    settings = dict(values)
-    name = settings.pop("name", None)
-    if not isinstance(name, str):
-        message = f"sparsity.name: expected the name of a method, found {name!r:.60}"
-        raise ArgumentError(message)
-    kind = METHODS.lookup(name)
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in settings:
-        if key not in names:
-            raise ArgumentError(unknown(f"key in sparsity {name}", key, names))
-    return kind(**settings)
 
 
 def write(folder: Path, thresholds: Sequence[Thresholds]) -> None:

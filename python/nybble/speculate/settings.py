@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from nybble.errors import ArgumentError
 
-__all__ = ["SOURCES", "Drafts", "parse"]
+__all__ = ["SOURCES", "DraftLike", "Drafts", "parse"]
 
 #: Where drafts may come from.
 SOURCES = ("recycle", "pairs", "ngram", "suffix", "retrieval", "model", "random")
@@ -85,6 +85,10 @@ class Drafts:
             if values[name] is not None:
                 values[name] = os.fspath(values[name])
         return json.dumps(values)
+
+
+DraftLike: TypeAlias = Drafts | Mapping[str, Any] | Sequence[str] | str | bool | None
+"""What :func:`parse` reads."""
 
 
 def parse(draft: object) -> Drafts | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from nybble.registry import Registry
 from nybble.tokens.agile_quant import AgileQuant
 from nybble.tokens.attention_received import AttentionReceived
-from nybble.tokens.base import TokenMethod, TokenPolicy, settings
+from nybble.tokens.base import TokenMethod, TokenPolicy, settings, to_json
 from nybble.tokens.evit import EViT
 from nybble.tokens.patches import PatchMethod
 from nybble.tokens.random_patches import RandomPatches
@@ -37,6 +37,7 @@ __all__ = [
     "TokenPolicy",
     "ZeroTPrune",
     "settings",
+    "to_json",
 ]
 
 METHODS: Registry[TokenMethod] = Registry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nybble.errors import ArgumentError
-from nybble.registry import unknown
+from nybble.registry import make
 
-__all__ = ["ACTIONS", "CRITERIA", "POSITIONS", "TokenMethod", "TokenPolicy", "settings"]
+__all__ = ["ACTIONS", "CRITERIA", "POSITIONS", "TokenMethod", "TokenPolicy", "settings", "to_json"]
 
 CRITERIA = ("start", "received", "random")
 POSITIONS = ("kept", "renumbered")
@@ -97,15 +98,15 @@ class TokenMethod(ABC):
 
 
 def settings(
-    tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | None,
+    tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None,
 ) -> dict[str, Any] | None:
     """Return a policy as a configuration says it (``nybble.run.tokens``), from whatever names one.
 
     Parameters
     ----------
     tokens
-        A policy; a method; a mapping with the policy's keys, or with the ``name`` of a method in
-        :data:`nybble.tokens.METHODS` and its settings; or ``None`` for none.
+        A policy; a method; a mapping with the policy's keys; the name of a method in
+        :data:`nybble.tokens.METHODS`, alone or in a mapping with its settings; or ``None``.
 
     Raises
     ------
@@ -114,7 +115,13 @@ def settings(
     """
     if tokens is None:
         return None
-    made: object = _made(dict(tokens)) if isinstance(tokens, Mapping) else tokens
+    made: object = tokens
+    if isinstance(tokens, Mapping) and "name" not in tokens:
+        made = make(TokenPolicy, tokens, "tokens")
+    elif isinstance(tokens, Mapping | str):
+        from nybble.tokens import METHODS
+
+        made = METHODS.make(tokens, "tokens")
     if not isinstance(made, TokenPolicy | TokenMethod):
         message = f"tokens: expected a TokenPolicy or a mapping, found {type(made).__name__}"
         raise ArgumentError(message)
@@ -124,22 +131,17 @@ def settings(
     return values
 
 
-def _made(values: dict[str, Any]) -> TokenPolicy | TokenMethod:
-    kind: type[Any] = TokenPolicy
-    if "name" in values:
-        from nybble.tokens import METHODS
+def to_json(tokens: TokenPolicy | TokenMethod | Mapping[str, Any] | str | None) -> str | None:
+    """Return a policy as the core reads it; ``None`` leaves it to the model's folder.
 
-        kind = METHODS.lookup(values.pop("name"))
-    fields = dataclasses.fields(kind)
-    names = [field.name for field in fields]
-    for name in values:
-        if name not in names:
-            raise ArgumentError(unknown("key in tokens", name, names))
-    for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in values:
-            message = f"tokens.{field.name}: expected a value, found none"
-            raise ArgumentError(message)
-    return kind(**values)  # type: ignore[no-any-return]
+    Parameters
+    ----------
+    tokens
+        As for :func:`settings`, or ``"off"`` for no policy whatever the folder says.
+    """
+    if tokens is None:
+        return None
+    return "null" if tokens == "off" else json.dumps(settings(tokens))
 
 
 def _ascending(layers: object) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -75,16 +74,4 @@ def patch_settings(
     """
     if isinstance(tokens, PatchMethod):
         return tokens.settings()
-    values = {"name": tokens} if isinstance(tokens, str) else tokens
-    if not isinstance(values, Mapping) or "name" not in values:
-        message = f"tokens: expected a method or a mapping with its name, found {tokens!r:.60}"
-        raise ArgumentError(message)
-    settings = dict(values)
-    kind: Any = methods.lookup(settings.pop("name"))
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in settings:
-        if name not in known:
-            message = f"tokens.{name}: expected one of {', '.join(known)}, found another key"
-            raise ArgumentError(message)
-    made: PatchMethod = kind(**settings)
-    return made.settings()
+    return methods.make(tokens, "tokens").settings()

@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::scalar::scale;
+use super::scalar::{Scalar, scale};
 use super::{SparseMatmul, Vector, by_group};
 use crate::cpu::{Avx2, Isa};
 use crate::kernels::tiles::opaque;
@@ -34,15 +34,14 @@ impl SparseMatmul for Kernel {
         let side = w.row_side().expect("bundles with rows");
         x.check(w.inputs(), side.groups);
         assert_eq!(out.len(), active.len(), "an output a neuron");
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe {
-            if side.group == 32 || side.group.is_multiple_of(CHUNK) || side.groups == 1 {
-                eights(w, side, x, active, out);
-            } else {
-                rows_of_many(w, side, x, active, out);
-            }
+        if side.group == 32 || side.group.is_multiple_of(CHUNK) || side.groups == 1 {
+            // SAFETY: the token proves that the CPU has the instructions.
+            unsafe { eights(w, side, x, active, out) }
+            scale(out, side.output_mul);
+        } else {
+            // A group ends in the middle of a chunk, as no recipe makes them.
+            Scalar.rows(w, x, active, out);
         }
-        scale(out, side.output_mul);
     }
 
     fn columns(&self, w: &Bundles, x: &Vector<'_>, active: &[u32], chunks: Range<usize>, y: &mut [f32]) {
@@ -54,115 +53,18 @@ impl SparseMatmul for Kernel {
             let block = first..chunks.end.min(first + BLOCK);
             let from = (first - chunks.start) * CHUNK;
             let part = &mut y[from..outputs.min(from + block.len() * CHUNK)];
-            // SAFETY: as above.
+            // SAFETY: the token proves that the CPU has the instructions.
             unsafe { columns(w, side, x, active, block, part) }
         }
         scale(y, side.output_mul);
     }
 }
 
-/// Rows that are fetched ahead, and the columns behind them: what is read next but one.
-const AHEAD: usize = 6;
-
 /// Chunks of outputs that are computed together: their sums stay in the first-level cache.
 const BLOCK: usize = 16;
 
 /// Neurons whose products are added up in 16 bits.
 const TOGETHER: usize = 16;
-
-/// Asks for all lines of some bytes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn fetch(bytes: &[u8]) {
-    for line in (0..bytes.len()).step_by(64) {
-        // SAFETY: the address lies inside the slice, and the instruction never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().add(line).cast()) }
-    }
-}
-
-/// Sums of the products of 64 codes at `weights` with those at `x`, as 16 sums of the low nibbles and 16 of the high ones.
-///
-/// # Safety
-/// 32 bytes behind `weights` and 64 behind `x` can be read.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn products(weights: *const u8, x: *const i8) -> [__m256i; 2] {
-    let nibble = _mm256_set1_epi8(15);
-    // SAFETY: the caller's promise.
-    unsafe {
-        let w = _mm256_loadu_si256(weights.cast());
-        let (low, high) = (_mm256_and_si256(w, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble));
-        let x = x.cast::<__m256i>();
-        [
-            _mm256_maddubs_epi16(low, _mm256_loadu_si256(x)),
-            _mm256_maddubs_epi16(high, _mm256_loadu_si256(x.add(1))),
-        ]
-    }
-}
-
-/// The scales and the zero points of up to eight groups from group `g` on, in a row's `facts`; 0 behind the last.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn facts_of(facts: &[u8], side: Side, g: usize, count: usize) -> (__m256, __m256i) {
-    let mut scales = [0u8; 16];
-    let mut zeros = [0u8; 8];
-    let (all_scales, all_zeros) = facts.split_at(2 * side.groups);
-    if let Some(eight) = all_scales.get(2 * g..2 * g + 16) {
-        scales.copy_from_slice(eight);
-    } else {
-        scales[..2 * count].copy_from_slice(&all_scales[2 * g..2 * (g + count)]);
-    }
-    if side.asymmetric {
-        zeros[..count].copy_from_slice(&all_zeros[g..g + count]);
-    }
-    // SAFETY: the arrays have 16 and 8 bytes.
-    unsafe {
-        let scales = _mm256_cvtph_ps(_mm_loadu_si128(scales.as_ptr().cast()));
-        let zeros = if side.asymmetric {
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.as_ptr().cast()))
-        } else {
-            _mm256_set1_epi32(MIDDLE)
-        };
-        (scales, zeros)
-    }
-}
-
-/// `y` with eight groups added, of which `count` exist: `sums` are those of the products.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_groups(
-    y: f32,
-    sums: __m256i,
-    facts: &[u8],
-    side: Side,
-    x: &Vector<'_>,
-    (g, count): (usize, usize),
-) -> f32 {
-    let (scales, zeros) = facts_of(facts, side, g, count);
-    let mut x_sums = [0i32; 8];
-    let mut x_scales = [0f32; 8];
-    if let (Some(sums), Some(scales)) = (x.0.sums.get(g..g + 8), x.0.scales.get(g..g + 8)) {
-        x_sums.copy_from_slice(sums);
-        x_scales.copy_from_slice(scales);
-    } else {
-        x_sums[..count].copy_from_slice(&x.0.sums[g..g + count]);
-        x_scales[..count].copy_from_slice(&x.0.scales[g..g + count]);
-    }
-    let (mut sum, mut factor) = ([0f32; 8], [0f32; 8]);
-    // SAFETY: all arrays have eight elements of four bytes.
-    unsafe {
-        let x_sums = _mm256_loadu_si256(x_sums.as_ptr().cast());
-        let sums = _mm256_sub_epi32(_mm256_slli_epi32::<4>(sums), _mm256_mullo_epi32(zeros, x_sums));
-        _mm256_storeu_ps(sum.as_mut_ptr(), _mm256_cvtepi32_ps(sums));
-        let factors = _mm256_mul_ps(scales, _mm256_loadu_ps(x_scales.as_ptr()));
-        _mm256_storeu_ps(factor.as_mut_ptr(), factors);
-    }
-    let mut y = y;
-    for i in 0..count {
-        y = f32::mul_add(sum[i], factor[i], y);
-    }
-    y
-}
 
 /// Neurons that are computed together, each in a lane of its own once a group is added up.
 const EIGHT: usize = 8;
@@ -396,84 +298,6 @@ unsafe fn turned_bytes(rows: &[*const u8; EIGHT], at: usize) -> [__m128i; 8] {
         pairs[3],
         second(pairs[3]),
     ]
-}
-
-/// As [`products`], of the low nibbles alone.
-///
-/// # Safety
-/// 32 bytes behind `weights` and behind `x` can be read.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn half_products(weights: *const u8, x: *const i8) -> __m256i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let w = _mm256_and_si256(_mm256_loadu_si256(weights.cast()), _mm256_set1_epi8(15));
-        _mm256_maddubs_epi16(w, _mm256_loadu_si256(x.cast()))
-    }
-}
-
-/// Groups of any multiple of 32, row by row.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn rows_of_many(w: &Bundles, side: Side, x: &Vector<'_>, active: &[u32], out: &mut [f32]) {
-    opaque(0); // aligns the stack
-    let steps = x.0.stride / 32;
-    let group_steps = side.group / 32;
-    let ones = _mm256_set1_epi16(1);
-    for (i, (&n, out)) in active.iter().zip(out).enumerate() {
-        if let Some(&next) = active.get(i + AHEAD) {
-            fetch(w.row(next as usize).0);
-        }
-        let (codes, facts) = w.row(n as usize);
-        assert!(codes.len() == steps.div_ceil(2) * 32 && facts.len() >= 2 * side.groups);
-        let mut y = 0.0;
-        for first in (0..side.groups).step_by(8) {
-            let count = 8.min(side.groups - first);
-            let mut v = [_mm256_setzero_si256(); 8];
-            for (v, g) in v.iter_mut().zip(first..first + count) {
-                let end = steps.min((g + 1) * group_steps);
-                let mut step = g * group_steps;
-                while step < end {
-                    let mut sum = _mm256_setzero_si256(); // at most 8 * 3810 a lane
-                    let stop = end.min(step + 8);
-                    // SAFETY: `codes` has 16 bytes for each step, in whole chunks of two, and `x` 32 activations.
-                    unsafe {
-                        let at = |step: usize| codes.as_ptr().add(step / 2 * 32);
-                        let x = |step: usize| x.0.codes.as_ptr().add(32 * step);
-                        if step % 2 == 1 {
-                            sum = high_products(at(step), x(step));
-                            step += 1;
-                        }
-                        while step + 1 < stop {
-                            let [low, high] = products(at(step), x(step));
-                            sum = _mm256_add_epi16(sum, _mm256_add_epi16(low, high));
-                            step += 2;
-                        }
-                        if step < stop {
-                            sum = _mm256_add_epi16(sum, half_products(at(step), x(step)));
-                            step += 1;
-                        }
-                    }
-                    *v = _mm256_add_epi32(*v, _mm256_madd_epi16(sum, ones));
-                }
-            }
-            y = add_groups(y, across_wide(&v), facts, side, x, (first, count));
-        }
-        *out = y;
-    }
-}
-
-/// As [`products`], of the high nibbles alone.
-///
-/// # Safety
-/// 32 bytes behind `weights` and behind `x` can be read.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn high_products(weights: *const u8, x: *const i8) -> __m256i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let w = _mm256_srli_epi16::<4>(_mm256_loadu_si256(weights.cast()));
-        _mm256_maddubs_epi16(_mm256_and_si256(w, _mm256_set1_epi8(15)), _mm256_loadu_si256(x.cast()))
-    }
 }
 
 /// The sums of eight vectors of eight lanes.
