@@ -63,7 +63,7 @@ pub fn statistics(
     scratch: &mut Scratch,
 ) -> Result<()> {
     check(shape, cache, q, q_stride, n)?;
-    let group = shape.heads / shape.kv_heads;
+    let group = shape.largest_group();
     let (width, len) = match statistic {
         Statistic::Given { key } if key >= cache.len() => {
             return Err(Error::argument("key", format!("a position below {}", cache.len()), key));
@@ -108,9 +108,9 @@ pub fn statistics(
             Statistic::Given { .. } => index / parts * PIECE,
             Statistic::Received => 0,
             Statistic::Each => {
-                let (query, head) = (index / parts * PIECE, index % parts * group);
+                let (query, heads) = (index / parts * PIECE, shape.group(index % parts));
                 let rows = PIECE.min(n - query) * cache.len();
-                for (head, sums) in (head..).zip(sums.chunks_exact(PIECE * cache.len())) {
+                for (head, sums) in heads.zip(sums.chunks_exact(PIECE * cache.len())) {
                     out[(head * n + query) * cache.len()..][..rows].copy_from_slice(&sums[..rows]);
                 }
                 continue;
@@ -131,14 +131,14 @@ pub(super) fn run<T: Tier, E: Element>(
     sums: &mut [f32],
     memory: &mut Memory,
 ) {
-    let group = call.shape.heads / call.shape.kv_heads;
-    let heads = group.min(TASK_ROWS);
+    let group = call.shape.group(kv_head);
+    let heads = group.len().min(TASK_ROWS);
     let step = TASK_ROWS / heads;
     for first in queries.clone().step_by(step) {
-        for head in (kv_head * group..(kv_head + 1) * group).step_by(heads) {
+        for head in group.clone().step_by(heads) {
             let task = Task {
                 kv_head,
-                heads: head..((kv_head + 1) * group).min(head + heads),
+                heads: head..group.end.min(head + heads),
                 queries: first..queries.end.min(first + step),
                 spans: call.spans.clone(),
             };
@@ -205,7 +205,7 @@ fn add<T: Tier, E: Element>(
                             let (query, head) = job.place(row);
                             let (query, head) = (
                                 offset + query - job.task.queries.start,
-                                head % (job.call.shape.heads / job.call.shape.kv_heads),
+                                head - job.call.shape.group(job.task.kv_head).start,
                             );
                             let line = (head * PIECE + query) * job.call.cache.len() + start;
                             let sums = &mut sums[line + from..line + to];
