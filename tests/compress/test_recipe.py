@@ -69,6 +69,9 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"activations": {"roles": {"dwn": 4}}}, ["role 'dwn'", "did you mean down"]),
         ({"activations": {"roles": {"down": 5}}}, ["activations.roles.down", "5"]),
         ({"activations": {"roles": 4}}, ["activations.roles", "mapping"]),
+        ({"weights": {"groups": {"dwn": 64}}}, ["role 'dwn'", "did you mean down"]),
+        ({"weights": {"groups": {"down": 48}}}, ["weights.groups.down", "48"]),
+        ({"weights": {"groups": 64}}, ["weights.groups", "mapping"]),
         ({"activations": {"strategy": "channel"}}, ["activations.strategy", "tensor"]),
         ({"activations": {"dynamic": 1}}, ["activations.dynamic"]),
         (
@@ -159,3 +162,11 @@ def test_an_empty_file_is_the_default_and_a_huge_one_an_error(tmp_path):
     (tmp_path / "r.yaml").write_text("#" * (1 << 21))
     with pytest.raises(ValueError, match="at most"):
         read(tmp_path / "r.yaml")
+
+
+def test_groups_go_by_role():
+    recipe = read({"weights": {"group": 32, "groups": {"down": 128, "out": None}}})
+    found = {role: recipe.linear_scheme(role).group for role in ("qkv", "out", "gate_up", "down")}
+    assert found == {"qkv": 32, "out": None, "gate_up": 32, "down": 128}
+    assert recipe.linear_scheme("head").group == 32
+    assert read(yaml.safe_load(recipe.to_yaml())) == recipe

@@ -2,7 +2,7 @@
 
 A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
 
-    weights: {bits: 4, group: 32, symmetric: false, zeros: fractional, method: rtn}
+    weights: {bits: 4, group: 32, groups: {}, symmetric: false, zeros: fractional, method: rtn}
     activations: {bits: 8, strategy: group, dynamic: true, roles: {}}
     embedding: {bits: 8, group: 32, symmetric: true}
     head: {bits: 8, group: 32, symmetric: true}
@@ -83,6 +83,16 @@ def _check(where: str, found: object, accepted: tuple[object, ...]) -> None:
         raise ConfigError(message)
 
 
+def _by_role(where: str, given: object, roles: tuple[str, ...]) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        message = f"recipe: {where}: expected a mapping, found {given!r:.60}"
+        raise ConfigError(message)
+    for role in given:
+        if role not in roles:
+            raise ConfigError(f"recipe: {where}: " + unknown("role", role, roles))
+    return given
+
+
 @dataclass(frozen=True)
 class Weights:
     """The linears of the layers.
@@ -94,6 +104,9 @@ class Weights:
     group
         Weights that share a scale: 32, 64, 128, or ``None`` for a whole row. Where it does not
         divide a matrix's rows, that matrix has the largest smaller one that does.
+    groups
+        Other groups for some linears: ``qkv``, ``out``, ``gate_up``, ``down``, ``project``. Kernels
+        that skip neurons apply the scales of ``down`` once a group: wide ones make them faster.
     symmetric
         Whether groups are centred on zero; ``None`` leaves it to the bits: 8-bit weights are, 4-bit
         ones are not.
@@ -108,6 +121,7 @@ class Weights:
 
     bits: int = 4
     group: int | None = 32
+    groups: Mapping[str, int | None] = field(default_factory=dict)
     symmetric: bool | None = None
     zeros: str = "fractional"
     method: str | Mapping[str, Any] = "rtn"
@@ -115,6 +129,8 @@ class Weights:
     def __post_init__(self) -> None:
         _check("weights.bits", self.bits, (4, 8, 16))
         _check("weights.group", self.group, (*GROUPS, None))
+        for role, group in _by_role("weights.groups", self.groups, _ROLES[:-1]).items():
+            _check(f"weights.groups.{role}", group, (*GROUPS, None))
         _check("weights.symmetric", self.symmetric, (True, False, None))
         _check("weights.zeros", self.zeros, ("fractional", "whole"))
 
@@ -160,13 +176,7 @@ class Activations:
             message += f"{str(self.dynamic).lower()} contradict each other: scales found {found} "
             message += "are of a group or a token" if self.dynamic else "are of a tensor"
             raise ConfigError(message)
-        roles: object = self.roles
-        if not isinstance(roles, Mapping):
-            message = f"recipe: activations.roles: expected a mapping, found {roles!r:.60}"
-            raise ConfigError(message)
-        for role, bits in roles.items():
-            if role not in _ROLES:
-                raise ConfigError("recipe: activations.roles: " + unknown("role", role, _ROLES))
+        for role, bits in _by_role("activations.roles", self.roles, _ROLES).items():
             _check(f"activations.roles.{role}", bits, (4, 8, 16))
 
     def of(self, role: str) -> int:
@@ -314,7 +324,8 @@ class Recipe:
         if role == "head":
             return self.matrix_scheme(self.head)
         weights = self.weights
-        return self._scheme(weights.bits, weights.group, weights.symmetric, role)
+        group = weights.groups.get(role, weights.group)
+        return self._scheme(weights.bits, group, weights.symmetric, role)
 
     def matrix_scheme(self, matrix: Matrix) -> Scheme | None:
         """Return the scheme of the embedding or the head; ``None`` leaves it in float."""
@@ -386,6 +397,7 @@ class Recipe:
         values["ignore"] = list(self.ignore)
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         values["activations"]["roles"] = dict(self.activations.roles)
+        values["weights"]["groups"] = dict(self.weights.groups)
         for name in ("sparsity", "tuning"):
             if isinstance(values[name], Mapping):
                 values[name] = dict(values[name])

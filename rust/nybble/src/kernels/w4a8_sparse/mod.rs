@@ -7,7 +7,15 @@
 //!
 //! A group of `down` spans neighbouring neurons, of which any may be active: the sum in 32 bits runs over those that are, and
 //! a scale is applied once for each group and output that has any. Wide groups make that cheap; with groups of 32 scales are
-//! a good part of the work.
+//! a good part of the work. They cost accuracy (`weights.groups.down` in a recipe): rounded to nearest, off its grid, the
+//! perplexity of SmolLM2-135M is 23.13 with groups of 32 everywhere, 24.36 with 64 in `down`, 25.41 with 128 and 28.38 with one
+//! scale a row.
+//!
+//! Tried and lost: neurons in another order, so that those that fire together are neighbours. In SmolLM2-135M they hardly do:
+//! with 70 % skipped, ordered by how often they fire in other text, runs of active neurons grow from 1.5 to 1.9 and 94 % of
+//! the groups of 32 still have an active one (99 % before); ordered by co-activation, greedily, to 1.8 and 96 %. With 50 %
+//! skipped hardly a group is free either way. For the same reason the rows of a draft tree share a dense product: with 70 %
+//! skipped, two rows together need half of the neurons, and four three quarters.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
