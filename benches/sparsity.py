@@ -19,7 +19,7 @@ import nybble
 from nybble.bench.machine import cpu_name
 from nybble.calibrate.text import draw
 from nybble.eval import perplexity, read_text
-from nybble.sparsity import make, observe
+from nybble.sparsity import METHODS, observe
 
 _NEW = 48
 _ROUNDS = 5
@@ -50,7 +50,7 @@ def main() -> None:
     dense_surprise = surprise()
     head = (
         "model,cpu,threads,method,sparsity,perplexity,rise_percent,inactive_neurons,"
-        "sparse_layers,layers,dense_tok_s,tok_s,ratio,bundle_mb,measured"
+        "sparse_layers,layers,sparse_linears,dense_tok_s,tok_s,ratio,bundle_mb,measured"
     )
     with given.csv.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -58,7 +58,8 @@ def main() -> None:
             writer.writerow(head.split(","))
         for name in ("cats", "chess", "teal"):
             for share in (0.3, 0.5, 0.7):
-                thresholds = [make({"name": name, "sparsity": share}).fit(s) for s in seen]
+                method = METHODS.make({"name": name, "sparsity": share}, "sparsity")
+                thresholds = [method.fit(s) for s in seen]
                 model.sparsify(thresholds)
                 found = surprise()
                 speeds: dict[bool, list[float]] = {True: [], False: []}
@@ -87,6 +88,7 @@ def main() -> None:
                     f"{1 - active if inactive is None else inactive:.3f}",
                     handle.sparse_layers(),
                     model.info["layers"],
+                    handle.sparse_linears(),
                     f"{slow:.1f}",
                     f"{fast:.1f}",
                     f"{fast / slow:.3f}",
