@@ -112,6 +112,7 @@ fn bench_attention(c: &mut Criterion) {
         window: None,
         alibi: None,
         softcap: None,
+        bias: None,
         causal: true,
         log2: false,
     };

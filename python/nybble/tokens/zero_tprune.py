@@ -27,9 +27,9 @@ class ZeroTPrune(PatchMethod):
     the closest match leave; nothing is merged. I: a vote among those left, of which the best stay.
 
     Not stated in the paper, and chosen here: scores have mean 1 before the variance is taken; where
-    no head passes all are heard; rows of the second graph are scaled to sum 1 again; votes end
-    early once they change by less than 1e-3; class and register tokens vote and are voted for, but
-    are no candidates.
+    no head passes all are heard; the second vote begins with the scores of the first, what it gives
+    to tokens that left is lost, and the sum is brought back to 1; votes end early once they change
+    by less than 1e-3; class and register tokens vote and are voted for, but are no candidates.
 
     Parameters
     ----------
@@ -38,7 +38,8 @@ class ZeroTPrune(PatchMethod):
         The defaults are those for DeiT-S, 12 layers; a schedule for another model is to be
         searched for.
     similar
-        Tokens that an S stage removes; 10 in the paper's DeiT-S.
+        Tokens that an S stage removes, one number for all layers or one for each, never more than
+        half; 10 in the paper's DeiT-S.
     iterations
         Steps of a vote; ``None`` for the paper's number by depth, as
         :func:`nybble.score.pagerank_iterations` has it.
@@ -51,16 +52,19 @@ class ZeroTPrune(PatchMethod):
 
     layers: Sequence[int] = (1, 3, 6, 9)
     keep: float | Sequence[float] = (1.0, 0.9, 0.8, 0.7)
-    similar: int = 10
+    similar: int | Sequence[int] = 10
     iterations: int | None = None
     class_start: bool = False
     variances: tuple[float, float] = (0.01, 0.7)
+
+    def budget(self) -> tuple[float | Sequence[float], int | Sequence[int]]:
+        """Return the shares that stay, and how many tokens S stages remove."""
+        return self.keep, self.similar
 
     def method(self) -> dict[str, Any]:
         """Return the method as the core reads it."""
         return {
             "zero_tprune": {
-                "similar": self.similar,
                 "iterations": self.iterations,
                 "class_start": self.class_start,
                 "variances": list(self.variances),
