@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Run = Callable[[Floats], Any]
 
-SIZES = (224, 518)
 _CALIBRATION = 8
 
 
@@ -67,10 +66,10 @@ ARMS = (
 
 
 def schedule(model: Any, size: int, method: str, reduction: float) -> dict[str, Any]:
-    """Return a schedule in two layers that saves that share of the arithmetic.
+    """Return a schedule that saves that share of the arithmetic.
 
-    The layers are the ones a search chooses on the CIFAR-10 model's larger relative: one early, for
-    what leaves there saves most, and one in the middle.
+    It prunes in two layers: an early one, for what leaves there saves most, and the middle one, for
+    attention knows more by then. ToMe merges in all layers, as many in each.
     """
     depth = int(model.info["layers"])
     patches = (size // model.info["patch"][0]) ** 2
@@ -94,7 +93,9 @@ def schedule(model: Any, size: int, method: str, reduction: float) -> dict[str, 
     return made(high)
 
 
-def prepare(arm: Arm, source: Path, work: Path, pixels: dict[int, Floats]) -> None:
+def prepare(
+    arm: Arm, source: Path, work: Path, pixels: dict[int, Floats], sizes: Sequence[int]
+) -> None:
     """Make what an engine opens, where it is not there yet.
 
     Parameters
@@ -107,6 +108,8 @@ def prepare(arm: Arm, source: Path, work: Path, pixels: dict[int, Floats]) -> No
         Where models go.
     pixels
         Prepared images by size, to calibrate with.
+    sizes
+        Those that are wanted.
     """
     if arm.engine == "nybble" and arm.form != "f32":
         target = work / f"nybble-{arm.form}"
@@ -116,7 +119,7 @@ def prepare(arm: Arm, source: Path, work: Path, pixels: dict[int, Floats]) -> No
             recipe = {"weights": {"bits": int(arm.form[1])}, "activations": {"bits": 8}}
             compress(source, target, recipe=recipe, progress=False)
     if arm.engine == "onnxruntime":
-        for size in SIZES:
+        for size in sizes:
             _onnx(source, work / f"onnx-f32-{size}.onnx", size)
             small = work / f"onnx-int8-{size}.onnx"
             if arm.form == "int8" and not small.exists():
@@ -132,7 +135,7 @@ def prepare(arm: Arm, source: Path, work: Path, pixels: dict[int, Floats]) -> No
                     reduce_range=True,
                 )
     if arm.engine == "openvino":
-        for size in SIZES:
+        for size in sizes:
             target = work / f"openvino-{'int8' if arm.form == 'int8' else 'f32'}-{size}.xml"
             if target.exists():
                 continue
@@ -255,7 +258,7 @@ def _serve(arguments: list[str]) -> Iterator[dict[str, Any]]:
     source, work = Path(task["source"]), Path(task["work"])
     with np.load(task["pixels"]) as file:
         pixels = {int(name): file[name] for name in file.files}
-    prepare(arm, source, work, pixels)
+    prepare(arm, source, work, pixels, task["sizes"])
     make = opened(arm, source, work, task["threads"], task["reduction"])
     runs: dict[int, Run] = {}
     yield {"ready": True}

@@ -105,6 +105,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Times, dict[str, str]]:
             "pixels": str(pixels),
             "threads": arguments.threads,
             "reduction": REDUCTION,
+            "sizes": arguments.sizes,
         }
         log = arguments.work / "logs" / f"{arm.name.replace(' ', '-')}.log"
         worker = Worker(

@@ -148,7 +148,7 @@ def explain(
 ) -> None:
     """Draw which patches of an image survive each pruning layer.
 
-    Patches that left are dark; patches merged into one token have their mean colour. Without
+    Patches that left are red; patches merged into one token have their mean colour. Without
     --tokens it is Zero-TPrune with the settings of its paper's DeiT-S.
     """
     from nybble.cli import output
