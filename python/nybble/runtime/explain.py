@@ -162,7 +162,7 @@ def _painted(
     patches = cut.reshape(rows * cols, high, wide, 3).copy()
     colour, share = _GONE
     patches[owners < 0] *= 1 - share
-    patches[owners < 0] += share * np.float32(colour)
+    patches[owners < 0] += share * np.array(colour, np.float32)
     shared, counts = np.unique(owners[owners >= 0], return_counts=True)
     for owner in shared[counts > 1]:
         members = owners == owner
