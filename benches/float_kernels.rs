@@ -105,6 +105,7 @@ fn bench_attention(c: &mut Criterion) {
     let pool = pool();
     let (heads, kv_heads, head_dim) = (9, 3, 64);
     let shape = Shape {
+        groups: None,
         heads,
         kv_heads,
         head_dim,

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use numpy::PyArray2;
 use nybble::Error;
 use nybble::model::arch::Builder;
-use nybble::model::spec::{BlockNorms, EmbeddingSpec, Inventory, LayerSpec, LinearSpec, NormSpec, Qkv};
+use nybble::model::spec::{
+    AttentionSpec, BlockNorms, EmbeddingSpec, Inventory, LayerSpec, LinearSpec, NormSpec, Qkv,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use serde_json::{Value, json};
@@ -165,29 +167,33 @@ fn plan(kind: &str, family: &str, tied: bool, weights: &Inventory<'_>, layers: &
 /// How the parts of a layer hang together, by the names of the linears: what calibration walks through, and what may be
 /// rescaled without changing the function.
 fn layer(layer: &LayerSpec) -> Value {
-    let (attention, mlp) = (&layer.attention, &layer.mlp);
-    let (layout, qkv) = match &attention.qkv {
-        Qkv::Separate { .. } => ("separate", attention.qkv.linears()),
-        Qkv::Fused { per_head: true, .. } => ("per_head", attention.qkv.linears()),
-        Qkv::Fused { per_head: false, .. } => ("stacked", attention.qkv.linears()),
-    };
     json!({
-        "attention": {
-            "heads": attention.heads,
-            "kv_heads": attention.kv_heads,
-            "head_dim": attention.head_dim,
-            "layout": layout,
-            "qkv": qkv.iter().map(|linear| &linear.module).collect::<Vec<_>>(),
-            "out": attention.out.module,
-        },
+        "attention": layer.attention.as_ref().map(attention),
         "attention_norms": norms(&layer.attention_norms),
-        "mlp": {
+        "mlp": layer.mlp.as_ref().map(|mlp| json!({
             "gate": mlp.gate.as_ref().map(|gate| &gate.module),
             "up": mlp.up.module,
             "down": mlp.down.module,
             "activation": mlp.activation.name(),
-        },
+        })),
         "mlp_norms": norms(&layer.mlp_norms),
+    })
+}
+
+fn attention(attention: &AttentionSpec) -> Value {
+    let layout = match &attention.qkv {
+        Qkv::Separate { .. } => "separate",
+        Qkv::Fused { per_head: true, .. } => "per_head",
+        Qkv::Fused { per_head: false, .. } => "stacked",
+    };
+    json!({
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "groups": attention.groups,
+        "head_dim": attention.head_dim,
+        "layout": layout,
+        "qkv": attention.qkv.linears().iter().map(|linear| &linear.module).collect::<Vec<_>>(),
+        "out": attention.out.module,
     })
 }
 

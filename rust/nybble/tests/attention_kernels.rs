@@ -48,6 +48,7 @@ tests! {
 struct Case {
     heads: usize,
     kv_heads: usize,
+    groups: Option<Vec<usize>>,
     dim: usize,
     kind: KvType,
     window: Option<usize>,
@@ -69,6 +70,7 @@ impl Case {
         Self {
             heads,
             kv_heads,
+            groups: None,
             dim,
             kind,
             window: None,
@@ -88,6 +90,7 @@ impl Case {
             causal: !self.full,
             heads: self.heads,
             kv_heads: self.kv_heads,
+            groups: self.groups.as_deref(),
             head_dim: self.dim,
             scale: 1.0 / (self.dim as f32).sqrt(),
             window: self.window,
@@ -135,7 +138,11 @@ impl Case {
 
     /// Where position `j`'s key or value of the head that query head `h` shares is.
     fn row(&self, h: usize, j: usize) -> std::ops::Range<usize> {
-        let first = j * self.kv_heads * self.dim + h / (self.heads / self.kv_heads) * self.dim;
+        let shared = match &self.groups {
+            Some(groups) => groups.partition_point(|&first| first <= h) - 1,
+            None => h / (self.heads / self.kv_heads),
+        };
+        let first = (j * self.kv_heads + shared) * self.dim;
         first..first + self.dim
     }
 
@@ -215,6 +222,14 @@ fn cases() -> Vec<Case> {
     for (len, kind) in [(1, KvType::F32), (65, KvType::F32), (300, KvType::F16), (530, KvType::Int8)] {
         list.push(Case { full: true, ..Case::new(6, 3, 24, kind, len) });
     }
+    for (groups, kind, len) in [
+        (vec![0, 3, 4, 6], KvType::F32, 130),
+        (vec![0, 1, 6], KvType::F16, 65),
+        (vec![0, 61, 62], KvType::Int8, 20), // more heads than a task has, beside a single one
+    ] {
+        let (heads, kv_heads) = (groups[groups.len() - 1], groups.len() - 1);
+        list.push(Case { groups: Some(groups), ..Case::new(heads, kv_heads, 16, kind, len) });
+    }
     let slopes = Some(vec![0.5, 0.25, 0.125, 0.0625]);
     list.push(Case { alibi: slopes.clone(), ..Case::new(4, 4, 16, KvType::F32, 200) });
     list.push(Case { softcap: Some(5.0), ..Case::new(4, 2, 32, KvType::F32, 130) });
@@ -284,6 +299,7 @@ fn check_chunks(isa: Isa) {
         Case { window: Some(50), softcap: Some(9.0), ..Case::new(6, 2, 24, KvType::Int8, 200) },
         Case { window: Some(50), ..Case::new(9, 3, 16, KvType::F32, 200) },
         Case { alibi: slopes, softcap: Some(9.0), ..Case::new(9, 1, 8, KvType::F16, 200) },
+        Case { groups: Some(vec![0, 5, 6, 9]), ..Case::new(9, 3, 16, KvType::F16, 200) },
         // Several spans: alone, a token's are separate tasks.
         Case::new(9, 3, 16, KvType::F16, 530),
         Case { window: Some(300), ..Case::new(6, 2, 24, KvType::F32, 530) },
@@ -600,6 +616,9 @@ fn attention_refuses_what_does_not_fit() {
     assert!(refused(good, &case.q, usize::MAX, 5, 5 * 64));
     assert!(refused(good, &case.q, 64, 5, 5 * 64 - 1));
     assert!(refused(Shape { heads: 5, ..good }, &case.q, 64, 1, 80));
+    for groups in [&[0, 4][..], &[0, 4, 4], &[1, 2, 4], &[0, 2, 5], &[0, 2, 3, 4]] {
+        assert!(refused(Shape { groups: Some(groups), ..good }, &case.q, 64, 1, 64));
+    }
     assert!(refused(Shape { kv_heads: 0, ..good }, &case.q, 64, 1, 64));
     assert!(refused(Shape { head_dim: 8, ..good }, &case.q, 64, 1, 32));
     assert!(refused(Shape { window: Some(0), ..good }, &case.q, 64, 1, 64));

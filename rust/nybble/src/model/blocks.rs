@@ -66,6 +66,7 @@ impl Block {
 pub(super) struct Attention {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
+    pub(super) groups: Option<Vec<usize>>, // [kv_heads + 1]
     pub(super) head_dim: usize,
     pub(super) scale: f32,
     pub(super) causal: bool,
@@ -196,19 +197,20 @@ impl Active {
     }
 }
 
-/// A layer.
+/// A layer; pruning may have taken away either part.
 #[derive(Debug)]
 pub(super) struct Layer {
-    pub(super) attention: Attention,
+    pub(super) attention: Option<Attention>,
     pub(super) attention_block: Block,
-    pub(super) mlp: Mlp,
+    pub(super) mlp: Option<Mlp>,
     pub(super) mlp_block: Block,
 }
 
 impl Layer {
     /// Its packed matrices.
     pub(super) fn matrices(&self) -> impl Iterator<Item = &Arc<Packed>> {
-        let linears = [&self.attention.qkv, &self.attention.out, &self.mlp.gate_up, &self.mlp.down];
-        linears.into_iter().flat_map(Linear::weights)
+        let attention = self.attention.iter().flat_map(|attention| [&attention.qkv, &attention.out]);
+        let mlp = self.mlp.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
+        attention.chain(mlp).flat_map(Linear::weights)
     }
 }

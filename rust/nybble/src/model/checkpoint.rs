@@ -20,6 +20,7 @@ use super::encoder::EncoderSpec;
 use super::load::reorder;
 use super::quantization::Quantization;
 use super::spec::{LinearSpec, Spec};
+use super::structure;
 use crate::error::{Error, Result};
 use crate::format::dtype::dequantize;
 use crate::format::folder::Folder;
@@ -179,7 +180,12 @@ impl Checkpoint {
 
     /// The specification; no size in it has been compared with the tensors yet.
     pub fn spec(&self) -> Result<Spec> {
-        self.arch.decoder(&self.config).map_err(|error| in_file(error, &self.config_file()))
+        let spec = || {
+            let mut spec = self.arch.decoder(&self.config)?;
+            structure::apply(&self.config, &mut spec)?;
+            Ok(spec)
+        };
+        spec().map_err(|error| in_file(error, &self.config_file()))
     }
 
     /// The specification of an image encoder; no size in it has been compared with the tensors yet.

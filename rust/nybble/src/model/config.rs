@@ -56,11 +56,21 @@ impl<'a> Reader<'a> {
 
     /// A positive whole number, if the key is there and good.
     pub(crate) fn opt_size(&mut self, key: &str) -> Option<usize> {
+        self.at_least(key, 1)
+    }
+
+    /// A whole number, 0 or more, if the key is there and good.
+    pub(crate) fn count(&mut self, key: &str) -> Option<usize> {
+        self.at_least(key, 0)
+    }
+
+    fn at_least(&mut self, key: &str, least: u64) -> Option<usize> {
         let value = self.get(key)?;
-        let size = whole(value).filter(|n| (1..=MAX_SIZE).contains(n)).and_then(|n| usize::try_from(n).ok());
+        let range = least..=MAX_SIZE;
+        let size = whole(value).filter(|n| range.contains(n)).and_then(|n| usize::try_from(n).ok());
         if size.is_none() {
             self.problem(format!(
-                "{key}: expected a whole number from 1 to {MAX_SIZE}, found {}",
+                "{key}: expected a whole number from {least} to {MAX_SIZE}, found {}",
                 brief(value)
             ));
         }

@@ -83,42 +83,47 @@ impl Session {
             let first = if kept_positions { start } else { cache.len() };
             let listed = if kept_positions { rows.positions() } else { &[] };
             let position = |row: usize| listed.get(row).copied().unwrap_or_else(|| first + offset(row));
-            let rope = attention.rope.map(|index| &self.ropes[index]);
-            let mut leaving = false;
-
             let cuts = sparsity.map(|sparsity| &sparsity.layers[index]);
-            project(run, attention_block, attention, rope, &position, cuts, n, s)?;
-            attend(run, attention, cache, tree, n, s)?;
-            if let Some(tap) = &mut tap {
-                tap(index, "qkv", &s.xb);
-                tap(index, "out", &s.att);
-            }
-            if let Some(cuts) = cuts {
-                cut(&mut s.att, cuts.out());
-            }
-            if let Some(plan) = plan {
-                let Scratch { qkv, attention: memory, .. } = s;
-                let (shape, queries) = (shape(run, attention), (&qkv[..], qkv.len() / n));
-                let on = (run.pool, run.kernels);
-                leaving = rows.choose(on, plan, index, &shape, attention, cache, queries, memory)?;
-            }
-            let weighted = &mut Source::Given(&s.att);
-            attention.out.forward_source(run, weighted, n, rows.low(), &mut s.rounded, &mut s.h)?;
-            leave(run, attention_block, s);
-            if leaving {
-                n = rows.leave(&mut s.x, model.spec.hidden);
-                for buffer in [&mut s.xb, &mut s.h] {
-                    fit(buffer, n * model.spec.hidden);
+            if let Some(attention) = attention {
+                let rope = attention.rope.map(|index| &self.ropes[index]);
+                let mut leaving = false;
+                project(run, attention_block, attention, rope, &position, cuts, n, s)?;
+                attend(run, attention, cache, tree, n, s)?;
+                if let Some(tap) = &mut tap {
+                    tap(index, "qkv", &s.xb);
+                    tap(index, "out", &s.att);
                 }
+                if let Some(cuts) = cuts {
+                    cut(&mut s.att, cuts.out());
+                }
+                if let Some(plan) = plan {
+                    let Scratch { qkv, attention: memory, .. } = s;
+                    let (shape, queries) = (shape(run, attention), (&qkv[..], qkv.len() / n));
+                    let on = (run.pool, run.kernels);
+                    leaving = rows.choose(on, plan, index, &shape, attention, cache, queries, memory)?;
+                }
+                let weighted = &mut Source::Given(&s.att);
+                attention.out.forward_source(run, weighted, n, rows.low(), &mut s.rounded, &mut s.h)?;
+                leave(run, attention_block, s);
+                if leaving {
+                    n = rows.leave(&mut s.x, model.spec.hidden);
+                    for buffer in [&mut s.xb, &mut s.h] {
+                        fit(buffer, n * model.spec.hidden);
+                    }
+                }
+            } else {
+                cache.append(run.pool, &[], &[], n, 0)?;
             }
 
-            let skip = sparsity.map(|sparsity| (sparsity, index, &mut self.skipped));
-            feed_forward(run, mlp_block, mlp, n, rows.low(), skip, s)?;
-            if let Some(tap) = &mut tap {
-                tap(index, "gate_up", &s.xb);
-                watch(run, mlp, n, s, &mut |site, values| tap(index, site, values));
+            if let Some(mlp) = mlp {
+                let skip = sparsity.map(|sparsity| (sparsity, index, &mut self.skipped));
+                feed_forward(run, mlp_block, mlp, n, rows.low(), skip, s)?;
+                if let Some(tap) = &mut tap {
+                    tap(index, "gate_up", &s.xb);
+                    watch(run, mlp, n, s, &mut |site, values| tap(index, site, values));
+                }
+                leave(run, mlp_block, s);
             }
-            leave(run, mlp_block, s);
         }
         if !logits.is_empty() {
             if stop() {
@@ -285,6 +290,7 @@ pub(super) fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Sh
     attention::Shape {
         heads: attention.heads,
         kv_heads: attention.kv_heads,
+        groups: attention.groups.as_deref(),
         head_dim: attention.head_dim,
         scale: attention.scale,
         causal: attention.causal,

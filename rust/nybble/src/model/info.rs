@@ -18,9 +18,9 @@ pub struct Info {
     pub layers: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Query heads of the first layer.
+    /// Query heads of a layer; of pruned ones the most.
     pub heads: usize,
-    /// Key and value heads of the first layer.
+    /// Key and value heads of a layer; of pruned ones the most.
     pub kv_heads: usize,
     /// Size of the vocabulary.
     pub vocab: usize,
@@ -52,15 +52,15 @@ pub(super) fn layout_bytes(matrices: &[&Arc<Packed>]) -> BTreeMap<String, u64> {
 }
 
 pub(super) fn info(model: &Model) -> Info {
-    let kv_width: usize = model.spec.layers.iter().map(|layer| 2 * layer.attention.kv_width()).sum();
-    let kv_heads: usize = model.spec.layers.iter().map(|layer| layer.attention.kv_heads).sum();
-    let first = model.spec.layers.first().map(|layer| &layer.attention);
+    let attentions = || model.spec.layers.iter().filter_map(|layer| layer.attention.as_ref());
+    let kv_width: usize = attentions().map(|attention| 2 * attention.kv_width()).sum();
+    let kv_heads: usize = attentions().map(|attention| attention.kv_heads).sum();
     Info {
         family: model.spec.family.into(),
         layers: model.spec.layers.len(),
         hidden: model.spec.hidden,
-        heads: first.map_or(0, |attention| attention.heads),
-        kv_heads: first.map_or(0, |attention| attention.kv_heads),
+        heads: attentions().map(|attention| attention.heads).max().unwrap_or(0),
+        kv_heads: attentions().map(|attention| attention.kv_heads).max().unwrap_or(0),
         vocab: model.spec.vocab,
         context: model.context,
         parameters: model.spec.parameters(),

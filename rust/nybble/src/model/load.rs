@@ -10,7 +10,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::blocks::{Block, Layer, Mlp, Norm};
+use super::blocks::{Attention, Block, Layer, Mlp, Norm};
 use super::checkpoint::Checkpoint;
 use super::linear::{Linear, Part};
 use super::quantization::{
@@ -99,31 +99,37 @@ pub(super) struct Loader<'a> {
 impl Loader<'_> {
     /// A layer; `alibi` for heads that have slopes.
     pub(super) fn layer(&self, layer: &LayerSpec, alibi: bool) -> Result<Layer> {
-        let attention = &layer.attention;
+        let attention = layer.attention.as_ref();
+        Ok(Layer {
+            attention: attention.map(|attention| self.attention(attention, alibi)).transpose()?,
+            attention_block: self.block(&layer.attention_norms)?,
+            mlp: layer.mlp.as_ref().map(|mlp| self.mlp(mlp)).transpose()?,
+            mlp_block: self.block(&layer.mlp_norms)?,
+        })
+    }
+
+    /// The attention of a layer.
+    fn attention(&self, attention: &AttentionSpec, alibi: bool) -> Result<Attention> {
         let row_map = match &attention.qkv {
             Qkv::Fused { per_head: true, .. } => Some(per_head_rows(attention)),
             _ => None,
         };
         let (q_norm, k_norm) = attention.qk_norms.as_ref().map(|(q, k)| (q, k)).unzip();
-        Ok(Layer {
-            attention: super::blocks::Attention {
-                heads: attention.heads,
-                kv_heads: attention.kv_heads,
-                head_dim: attention.head_dim,
-                scale: attention.scale,
-                causal: attention.causal,
-                window: attention.window,
-                softcap: attention.softcap,
-                slopes: alibi.then(|| Spec::alibi_slopes(attention.heads)),
-                rope: attention.rope,
-                qkv: self.linear(&attention.qkv.linears(), row_map.as_deref())?,
-                q_norm: self.norm(q_norm)?,
-                k_norm: self.norm(k_norm)?,
-                out: self.linear(&[&attention.out], None)?,
-            },
-            attention_block: self.block(&layer.attention_norms)?,
-            mlp: self.mlp(&layer.mlp)?,
-            mlp_block: self.block(&layer.mlp_norms)?,
+        Ok(Attention {
+            heads: attention.heads,
+            kv_heads: attention.kv_heads,
+            groups: attention.groups.clone(),
+            head_dim: attention.head_dim,
+            scale: attention.scale,
+            causal: attention.causal,
+            window: attention.window,
+            softcap: attention.softcap,
+            slopes: alibi.then(|| Spec::alibi_slopes(attention.heads)),
+            rope: attention.rope,
+            qkv: self.linear(&attention.qkv.linears(), row_map.as_deref())?,
+            q_norm: self.norm(q_norm)?,
+            k_norm: self.norm(k_norm)?,
+            out: self.linear(&[&attention.out], None)?,
         })
     }
 

@@ -20,6 +20,7 @@ pub mod rope;
 pub mod settings;
 pub mod sparsity;
 pub mod spec;
+pub mod structure;
 pub mod validate;
 
 mod blocks;

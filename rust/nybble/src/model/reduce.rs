@@ -6,6 +6,7 @@
 //! all deeper ones.
 
 use super::blocks::Attention;
+use super::linear::Linear;
 use super::load::Weights;
 use super::spec::{Position, Spec};
 use crate::error::{Error, Result};
@@ -32,6 +33,9 @@ impl Plan {
         if let Some(layer) = layers.last().filter(|layer| **layer >= depth) {
             return Err(Error::argument("tokens.layers", format!("layers below {depth}"), layer));
         }
+        if let Some(layer) = layers.iter().find(|layer| spec.layers[**layer].attention.is_none()) {
+            return Err(Error::argument("tokens.layers", "layers with attention", layer));
+        }
         if layers.is_empty() {
             let detail =
                 "the first layer is never the only one that prunes, unless it is named in tokens.layers";
@@ -42,7 +46,7 @@ impl Plan {
                 // A kernel knows a key by its place in the cache, which with gaps is not its position.
                 let detail = "they go by position, and the cache keeps none for the tokens left; \
                     tokens.positions \"renumbered\" is";
-                let window = spec.layers.iter().find_map(|layer| layer.attention.window);
+                let window = spec.layers.iter().find_map(|layer| layer.attention.as_ref()?.window);
                 if let Some(window) = window.filter(|window| *window < context) {
                     let item = format!("token pruning with kept positions and a window of {window} tokens");
                     return Err(Error::unsupported(item, detail));
@@ -53,9 +57,9 @@ impl Plan {
             }
             Action::FourBit => {
                 let bytes = weights.layers.iter().any(|layer| {
-                    [&layer.attention.out, &layer.mlp.gate_up, &layer.mlp.down]
-                        .iter()
-                        .any(|linear| linear.takes_bytes())
+                    let out = layer.attention.iter().map(|attention| &attention.out);
+                    let mut linears = out.chain(layer.mlp.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]));
+                    linears.any(Linear::takes_bytes)
                 });
                 if !bytes {
                     let item = "tokens.action \"4bit\" for a model without 8-bit inputs of linears";

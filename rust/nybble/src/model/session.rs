@@ -67,8 +67,10 @@ struct Part {
 impl Session {
     pub(super) fn new(model: &Model, plan: Option<Arc<Plan>>, sparsity: Option<Arc<Sparsity>>) -> Self {
         let cache = |layer: &super::blocks::Layer| {
-            let attention = &layer.attention;
-            KvCache::new(attention.kv_heads, attention.head_dim, model.kv).with_limit(model.context)
+            // Without attention it counts tokens and holds nothing.
+            let (heads, dim) =
+                layer.attention.as_ref().map_or((0, 0), |attention| (attention.kv_heads, attention.head_dim));
+            KvCache::new(heads, dim, model.kv).with_limit(model.context)
         };
         Self {
             model: model.id,

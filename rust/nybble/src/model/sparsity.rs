@@ -19,10 +19,10 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::blocks::{Active, Layer};
+use super::blocks::{Active, Layer, Mlp};
 use super::linear::Run;
 use super::load::Weights;
-use super::spec::Spec;
+use super::spec::{AttentionSpec, Qkv, Spec};
 use crate::error::{Error, Result};
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Access, Dtype};
@@ -176,7 +176,7 @@ impl Sparsity {
         }
         for (i, (layer, model)) in layers.iter().zip(&spec.layers).enumerate() {
             let at = |part: &str| format!("thresholds: layers.{i}.{part}");
-            let inner = model.mlp.up.rows;
+            let inner = model.mlp.as_ref().map_or(0, |mlp| mlp.up.rows);
             if !layer.neurons.is_empty() && layer.neurons.len() != inner {
                 return Err(Error::argument(at("neurons"), format!("{inner} values"), layer.neurons.len()));
             }
@@ -190,7 +190,8 @@ impl Sparsity {
             if !(0.0..=1.0).contains(&layer.active) {
                 return Err(Error::argument(at("active"), "a share from 0 to 1", layer.active));
             }
-            if layer.q() > 0.0 && model.attention.qkv.linears().len() < 2 {
+            let fused = |attention: &AttentionSpec| matches!(attention.qkv, Qkv::Fused { .. });
+            if layer.q() > 0.0 && model.attention.as_ref().is_some_and(fused) {
                 let item = "a threshold for what queries alone read, in a model that computes them with keys and values";
                 return Err(Error::unsupported(item, "one for all three is"));
             }
@@ -269,7 +270,7 @@ impl Sparsity {
 
 /// The neurons of a layer, if its matrices are of the kind that sparse kernels read.
 fn bundle(run: Run<'_>, layer: &Layer) -> Result<Option<Bundles>> {
-    let Some((up, down)) = layer.mlp.neurons() else { return Ok(None) };
+    let Some((up, down)) = layer.mlp.as_ref().and_then(Mlp::neurons) else { return Ok(None) };
     let good = [up, down].iter().all(|part| {
         part.weight.layout() == Layout::W4 && part.rounding.is_some_and(|rounding| rounding.bits == 8)
     });
@@ -303,10 +304,8 @@ fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>], first: &
                 let begin = Instant::now();
                 run.pool.region(|| -> Result<()> {
                     for (layer, bundles) in weights.layers.iter().zip(layers) {
-                        let Some(bundles) = bundles.as_ref().filter(|bundles| fits(bundles)) else {
-                            continue;
-                        };
-                        let mlp = &layer.mlp;
+                        let bundles = bundles.as_ref().filter(|bundles| fits(bundles));
+                        let (Some(bundles), Some(mlp)) = (bundles, &layer.mlp) else { continue };
                         if share.is_none() {
                             mlp.gate_up.forward(run, &x, 1, &mut rounded, &mut gate_up)?;
                             mlp.activate(run, &gate_up, &least, &mut act);

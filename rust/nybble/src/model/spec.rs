@@ -68,15 +68,15 @@ pub enum Position {
     Alibi,
 }
 
-/// One layer: attention, then a feed-forward block.
+/// One layer: attention, then a feed-forward block. Pruning may have taken away either.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerSpec {
     /// The attention part.
-    pub attention: AttentionSpec,
+    pub attention: Option<AttentionSpec>,
     /// The norms around attention.
     pub attention_norms: BlockNorms,
     /// The feed-forward part.
-    pub mlp: MlpSpec,
+    pub mlp: Option<MlpSpec>,
     /// The norms around the feed-forward part.
     pub mlp_norms: BlockNorms,
 }
@@ -101,8 +101,10 @@ pub struct BlockNorms {
 pub struct AttentionSpec {
     /// Query heads.
     pub heads: usize,
-    /// Key and value heads; divides `heads`.
+    /// Key and value heads; divides `heads` where `groups` does not say otherwise.
     pub kv_heads: usize,
+    /// Where key heads have different numbers of query heads, the first query head of each, and behind the last one `heads`.
+    pub groups: Option<Vec<usize>>,
     /// Width of a head.
     pub head_dim: usize,
     /// Factor on the scores.
@@ -370,16 +372,18 @@ impl<'a> Inventory<'a> {
     /// Adds the weights of a layer.
     pub(super) fn layer(&mut self, layer: &'a LayerSpec) {
         let LayerSpec { attention, attention_norms, mlp, mlp_norms } = layer;
-        self.linears.extend(attention.qkv.linears());
-        self.linears.push(&attention.out);
         self.norms.extend(&attention_norms.pre);
-        if let Some((q, k)) = &attention.qk_norms {
-            self.norms.extend([q, k]);
+        if let Some(attention) = attention {
+            self.linears.extend(attention.qkv.linears());
+            self.linears.push(&attention.out);
+            self.norms.extend(attention.qk_norms.iter().flat_map(|(q, k)| [q, k]));
         }
         for norms in [&attention_norms.post, &attention_norms.after] {
             self.norms.extend(norms);
         }
-        self.mlp(mlp);
+        if let Some(mlp) = mlp {
+            self.mlp(mlp);
+        }
         for norms in [&mlp_norms.pre, &mlp_norms.post, &mlp_norms.after] {
             self.norms.extend(norms);
         }

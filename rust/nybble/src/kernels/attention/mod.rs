@@ -62,8 +62,10 @@ const TASKS_PER_THREAD: usize = 4;
 pub struct Shape<'a> {
     /// Heads of queries.
     pub heads: usize,
-    /// Heads of keys and values; `heads / kv_heads` neighbouring heads share one.
+    /// Heads of keys and values; `heads / kv_heads` neighbouring heads share one, where `groups` does not say otherwise.
     pub kv_heads: usize,
+    /// The first query head of each key head, ascending, and behind the last one `heads`.
+    pub groups: Option<&'a [usize]>,
     /// Elements of a head.
     pub head_dim: usize,
     /// Factor of every score, usually `1 / sqrt(head_dim)`.
@@ -81,6 +83,22 @@ pub struct Shape<'a> {
     pub bias: Option<&'a [f32]>,
     /// Softmax outputs become powers of two with 4-bit exponents, see `attention/log2.rs`.
     pub log2: bool,
+}
+
+impl Shape<'_> {
+    /// The query heads that share a key head.
+    fn group(&self, kv_head: usize) -> Range<usize> {
+        if let Some(groups) = self.groups {
+            return groups[kv_head]..groups[kv_head + 1];
+        }
+        let group = self.heads / self.kv_heads;
+        kv_head * group..(kv_head + 1) * group
+    }
+
+    /// The most query heads that share a key head.
+    fn largest_group(&self) -> usize {
+        (0..self.kv_heads).map(|kv_head| self.group(kv_head).len()).max().unwrap_or(0)
+    }
 }
 
 /// Attention of one tier.
@@ -325,7 +343,7 @@ fn compute(
     if n == 0 || width == 0 {
         return Ok(());
     }
-    let group = shape.heads / shape.kv_heads;
+    let group = shape.largest_group();
     let past = cache.len() - n;
     let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
     let positions = past + branches.map_or(n, Branches::positions);
@@ -369,9 +387,14 @@ fn compute(
         let (part, span) = (part / span_pieces, part % span_pieces);
         let (kv_head, piece) = (part / pieces, part % pieces);
         let span_at = |i: usize| spans.start + spans.len() * i / span_pieces;
+        let own = shape.group(kv_head);
+        let first = own.start + piece * heads;
+        if first >= own.end {
+            return; // a group of fewer heads than the largest
+        }
         let task = Task {
             kv_head,
-            heads: kv_head * group + piece * heads..kv_head * group + group.min((piece + 1) * heads),
+            heads: first..own.end.min(first + heads),
             queries: block * queries..n.min((block + 1) * queries),
             spans: span_at(span)..span_at(span + 1),
         };
@@ -445,7 +468,13 @@ fn work_off(
 fn check(shape: &Shape<'_>, cache: &KvCache, q: &[f32], q_stride: usize, n: usize) -> Result<usize> {
     let wrong = |name: &str, expected: String, found: String| Err(Error::argument(name, expected, found));
     let Shape { heads, kv_heads, head_dim, .. } = *shape;
-    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+    if let Some(groups) = shape.groups {
+        let ends = groups.first() == Some(&0) && groups.last() == Some(&heads);
+        if kv_heads == 0 || groups.len() != kv_heads + 1 || !ends || !groups.is_sorted_by(|a, b| a < b) {
+            let expected = format!("the first heads of {kv_heads} groups, and {heads}");
+            return wrong("groups of heads", expected, format!("{groups:?}"));
+        }
+    } else if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return wrong("heads", format!("a multiple of {kv_heads}"), heads.to_string());
     }
     if (kv_heads, head_dim) != (cache.kv_heads(), cache.head_dim()) {

@@ -119,14 +119,14 @@ pub(super) fn run<T: Tier, E: Element>(
     sums: &mut [f32],
     memory: &mut Memory,
 ) {
-    let group = call.shape.heads / call.shape.kv_heads;
-    let heads = group.min(TASK_ROWS);
+    let group = call.shape.group(kv_head);
+    let heads = group.len().min(TASK_ROWS);
     let step = TASK_ROWS / heads;
     for first in queries.clone().step_by(step) {
-        for head in (kv_head * group..(kv_head + 1) * group).step_by(heads) {
+        for head in group.clone().step_by(heads) {
             let task = Task {
                 kv_head,
-                heads: head..((kv_head + 1) * group).min(head + heads),
+                heads: head..group.end.min(head + heads),
                 queries: first..queries.end.min(first + step),
                 spans: call.spans.clone(),
             };

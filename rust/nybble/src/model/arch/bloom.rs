@@ -72,9 +72,10 @@ fn spec(config: &Value) -> Result<Spec> {
         };
         let qkv = linear(at("self_attention.query_key_value"), hidden.saturating_mul(3), hidden, Role::Qkv);
         LayerSpec {
-            attention: AttentionSpec {
+            attention: Some(AttentionSpec {
                 heads,
                 kv_heads: heads,
+                groups: None,
                 head_dim,
                 scale: (1.0 / (head_dim as f64).sqrt()) as f32,
                 causal: true,
@@ -84,14 +85,14 @@ fn spec(config: &Value) -> Result<Spec> {
                 qkv: Qkv::Fused { linear: qkv, per_head: true },
                 qk_norms: None,
                 out: linear(at("self_attention.dense"), hidden, hidden, Role::Out),
-            },
+            }),
             attention_norms: norms("input_layernorm"),
-            mlp: MlpSpec {
+            mlp: Some(MlpSpec {
                 gate: None,
                 up: linear(at("mlp.dense_h_to_4h"), inner, hidden, Role::GateUp),
                 down: linear(at("mlp.dense_4h_to_h"), hidden, inner, Role::Down),
                 activation: Activation::GeluTanh,
-            },
+            }),
             mlp_norms: norms("post_attention_layernorm"),
         }
     };
@@ -154,8 +155,10 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
 
 /// The converter sorted the rows `[head][q, k, v][d]` into `[q, k, v][head][d]`.
 fn transform(name: &str, rows: usize, spec: &Spec) -> Transform {
-    let Some(layer) = spec.layers.first() else { return Transform::None };
-    let (heads, dim) = (layer.attention.heads, layer.attention.head_dim);
+    let attention = spec.layers.first().and_then(|layer| layer.attention.as_ref());
+    let Some((heads, dim)) = attention.map(|attention| (attention.heads, attention.head_dim)) else {
+        return Transform::None;
+    };
     if !name.contains(".query_key_value.") || rows != heads.saturating_mul(3).saturating_mul(dim) {
         return Transform::None;
     }
@@ -177,7 +180,7 @@ mod tests {
         let good = spec(&config).expect("good");
         assert!(good.tied && good.embedding_norm.is_some() && good.position == Position::Alibi);
         assert!(good.linears().iter().all(|linear| linear.bias));
-        assert_eq!(good.layers[0].mlp.up.rows, 48);
+        assert_eq!(good.layers[0].mlp.as_ref().expect("whole").up.rows, 48);
         let Transform::Rows(map) =
             transform("transformer.h.0.self_attention.query_key_value.bias", 36, &good)
         else {

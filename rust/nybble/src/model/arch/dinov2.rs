@@ -87,7 +87,10 @@ mod tests {
         let mut config = json!({"model_type": "dinov2", "hidden_size": 12, "num_hidden_layers": 1,
             "num_attention_heads": 3, "image_size": 28, "patch_size": 14, "mlp_ratio": 4});
         let plain = spec(&config).expect("good");
-        assert_eq!((plain.learned(), plain.layers[0].mlp.up.rows, plain.antialias), (1, 48, false));
+        assert_eq!(
+            (plain.learned(), plain.layers[0].mlp.as_ref().expect("whole").up.rows, plain.antialias),
+            (1, 48, false)
+        );
         assert!(plain.layers[0].attention_norms.scale.is_some());
         config["model_type"] = json!(REGISTERS);
         config["num_register_tokens"] = json!(3);

@@ -142,6 +142,7 @@ pub(super) fn spec(mut config: Reader<'_>, traits: &Traits) -> Result<Spec> {
         let attention = AttentionSpec {
             heads,
             kv_heads,
+            groups: None,
             head_dim,
             scale: (1.0 / score_dim.sqrt()) as f32,
             causal: true,
@@ -163,14 +164,14 @@ pub(super) fn spec(mut config: Reader<'_>, traits: &Traits) -> Result<Spec> {
             linear(at(&format!("mlp.{part}_proj")), rows, cols, traits.mlp_bias, role)
         };
         LayerSpec {
-            attention,
+            attention: Some(attention),
             attention_norms: norms("input_layernorm", traits.sandwich.then_some("post_attention_layernorm")),
-            mlp: MlpSpec {
+            mlp: Some(MlpSpec {
                 gate: Some(mlp("gate", inner, hidden, Role::GateUp)),
                 up: mlp("up", inner, hidden, Role::GateUp),
                 down: mlp("down", hidden, inner, Role::Down),
                 activation,
-            },
+            }),
             mlp_norms: if traits.sandwich {
                 norms("pre_feedforward_layernorm", Some("post_feedforward_layernorm"))
             } else {

@@ -142,13 +142,14 @@ mod tests {
         let spec = spec(&minimal()).expect("good");
         assert!(spec.tied);
         assert_eq!(spec.embedding_scale, Some(8.0));
-        let windows: Vec<_> = spec.layers.iter().map(|l| (l.attention.window, l.attention.rope)).collect();
+        let windows: Vec<_> =
+            spec.layers.iter().flat_map(|l| &l.attention).map(|a| (a.window, a.rope)).collect();
         assert_eq!(windows[0], (Some(16), Some(1)));
         assert_eq!(windows[5], (None, Some(0)));
         assert_eq!(windows[6], (Some(16), Some(1)));
         assert_eq!((spec.ropes[0].theta, spec.ropes[1].theta), (1e6, 1e4));
         let layer = &spec.layers[0];
-        assert_eq!(layer.attention.scale, 0.125);
+        assert_eq!(layer.attention.as_ref().expect("whole").scale, 0.125);
         assert!(layer.mlp_norms.post.is_some() && layer.attention_norms.post.is_some());
         assert!(spec.inventory().norms.iter().all(|norm| norm.plus_one));
     }

@@ -71,9 +71,10 @@ fn spec(config: &Value) -> Result<Spec> {
         let depth = if by_depth { (i + 1) as f64 } else { 1.0 };
         let qkv = linear(at("attn.c_attn"), hidden.saturating_mul(3), hidden, Role::Qkv);
         LayerSpec {
-            attention: AttentionSpec {
+            attention: Some(AttentionSpec {
                 heads,
                 kv_heads: heads,
+                groups: None,
                 head_dim,
                 scale: (1.0 / width / depth) as f32,
                 causal: true,
@@ -83,14 +84,14 @@ fn spec(config: &Value) -> Result<Spec> {
                 qkv: Qkv::Fused { linear: qkv, per_head: false },
                 qk_norms: None,
                 out: linear(at("attn.c_proj"), hidden, hidden, Role::Out),
-            },
+            }),
             attention_norms: norms("ln_1"),
-            mlp: MlpSpec {
+            mlp: Some(MlpSpec {
                 gate: None,
                 up: linear(at("mlp.c_fc"), inner, hidden, Role::GateUp),
                 down: linear(at("mlp.c_proj"), hidden, inner, Role::Down),
                 activation,
-            },
+            }),
             mlp_norms: norms("ln_2"),
         }
     };
@@ -173,12 +174,12 @@ mod tests {
         let plain = spec(&config).expect("good");
         assert!(plain.tied && plain.context == 1024);
         assert!(plain.linears().iter().all(|linear| linear.transposed && linear.bias));
-        assert_eq!(plain.layers[2].attention.scale, 0.5);
-        assert_eq!(plain.layers[0].mlp.up.rows, 64);
+        assert_eq!(plain.layers[2].attention.as_ref().expect("whole").scale, 0.5);
+        assert_eq!(plain.layers[0].mlp.as_ref().expect("whole").up.rows, 64);
         config["scale_attn_by_inverse_layer_idx"] = json!(true);
         config["tie_word_embeddings"] = json!(false);
         let deep = spec(&config).expect("good");
-        assert_eq!(deep.layers[1].attention.scale, 0.25);
+        assert_eq!(deep.layers[1].attention.as_ref().expect("whole").scale, 0.25);
         assert!(!deep.linears().last().expect("a head").transposed);
         config["n_head"] = json!(5);
         config["add_cross_attention"] = json!(true);

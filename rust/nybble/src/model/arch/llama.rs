@@ -58,8 +58,8 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
 /// llama.cpp rotates neighbouring columns, transformers the two halves of a head, so the converter reordered the rows of
 /// the query and key projections within each head: row `half * d/2 + i` was moved to `2 i + half`.
 fn transform(name: &str, rows: usize, spec: &Spec) -> Transform {
-    let Some(layer) = spec.layers.first() else { return Transform::None };
-    let attention = &layer.attention;
+    let attention = spec.layers.first().and_then(|layer| layer.attention.as_ref());
+    let Some(attention) = attention else { return Transform::None };
     let heads = if name.contains(".self_attn.q_proj.") {
         attention.heads
     } else if name.contains(".self_attn.k_proj.") {
@@ -95,10 +95,13 @@ mod tests {
         let spec = spec(&minimal()).expect("good");
         assert_eq!((spec.family, spec.layers.len(), spec.context, spec.tied), ("llama", 2, 2048, false));
         let layer = &spec.layers[1];
-        assert_eq!((layer.attention.head_dim, layer.attention.kv_heads), (8, 2));
-        let Qkv::Separate { k, .. } = &layer.attention.qkv else { panic!("separate") };
+        let attention = layer.attention.as_ref().expect("whole");
+        assert_eq!((attention.head_dim, attention.kv_heads), (8, 2));
+        let Qkv::Separate { k, .. } = &layer.attention.as_ref().expect("whole").qkv else {
+            panic!("separate")
+        };
         assert_eq!((k.module.as_str(), k.rows, k.cols), ("model.layers.1.self_attn.k_proj", 16, 64));
-        assert!(!k.bias && layer.attention.window.is_none());
+        assert!(!k.bias && layer.attention.as_ref().expect("whole").window.is_none());
         assert_eq!(spec.linears().len(), 2 * 7 + 1);
         assert_eq!(spec.linears().last().map(|head| head.role), Some(Role::Head));
         assert_eq!(spec.ropes[0].scaling, Scaling::Default);
@@ -115,13 +118,15 @@ mod tests {
         config["tie_word_embeddings"] = json!(true);
         let biased = spec(&config).expect("good");
         assert!(biased.tied && biased.linears().iter().all(|linear| linear.bias));
-        assert_eq!(biased.layers[0].attention.out.cols, 128);
+        assert_eq!(biased.layers[0].attention.as_ref().expect("whole").out.cols, 128);
         config["model_type"] = json!("mistral");
         config["sliding_window"] = json!(32);
         let mistral = spec(&config).expect("good");
-        assert!(mistral.layers.iter().all(|layer| layer.attention.window == Some(32)));
+        assert!(
+            mistral.layers.iter().all(|layer| layer.attention.as_ref().expect("whole").window == Some(32))
+        );
         config["sliding_window"] = Value::Null;
-        assert!(spec(&config).expect("good").layers[0].attention.window.is_none());
+        assert!(spec(&config).expect("good").layers[0].attention.as_ref().expect("whole").window.is_none());
     }
 
     #[test]

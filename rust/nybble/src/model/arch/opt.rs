@@ -73,9 +73,10 @@ fn spec(config: &Value) -> Result<Spec> {
         let project =
             |part: &str| linear(at(&format!("self_attn.{part}_proj")), hidden, hidden, bias, Role::Qkv);
         LayerSpec {
-            attention: AttentionSpec {
+            attention: Some(AttentionSpec {
                 heads,
                 kv_heads: heads,
+                groups: None,
                 head_dim,
                 scale: (1.0 / (head_dim as f64).sqrt()) as f32,
                 causal: true,
@@ -85,14 +86,14 @@ fn spec(config: &Value) -> Result<Spec> {
                 qkv: Qkv::Separate { q: project("q"), k: project("k"), v: project("v") },
                 qk_norms: None,
                 out: linear(at("self_attn.out_proj"), hidden, hidden, bias, Role::Out),
-            },
+            }),
             attention_norms: norms(at("self_attn_layer_norm")),
-            mlp: MlpSpec {
+            mlp: Some(MlpSpec {
                 gate: None,
                 up: linear(at("fc1"), inner, hidden, bias, Role::GateUp),
                 down: linear(at("fc2"), hidden, inner, bias, Role::Down),
                 activation,
-            },
+            }),
             mlp_norms: norms(at("final_layer_norm")),
         }
     };

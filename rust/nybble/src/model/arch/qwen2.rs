@@ -47,14 +47,19 @@ mod tests {
         let mut config = json!({"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "sliding_window": 16});
         let plain = spec(&config).expect("good");
-        assert!(plain.layers.iter().all(|layer| layer.attention.window.is_none()));
-        assert!(plain.layers[0].attention.qkv.linears().iter().all(|linear| linear.bias));
-        assert!(!plain.layers[0].attention.out.bias);
+        assert!(plain.layers.iter().all(|layer| layer.attention.as_ref().expect("whole").window.is_none()));
+        assert!(
+            plain.layers[0].attention.as_ref().expect("whole").qkv.linears().iter().all(|linear| linear.bias)
+        );
+        assert!(!plain.layers[0].attention.as_ref().expect("whole").out.bias);
         config["use_sliding_window"] = json!(true);
         config["max_window_layers"] = json!(3);
         let windows = |config: &Value| -> Vec<bool> {
             let spec = spec(config).expect("good");
-            spec.layers.iter().map(|layer| layer.attention.window.is_some()).collect()
+            spec.layers
+                .iter()
+                .map(|layer| layer.attention.as_ref().expect("whole").window.is_some())
+                .collect()
         };
         assert_eq!(windows(&config), [false, false, false, true]);
         config["layer_types"] =

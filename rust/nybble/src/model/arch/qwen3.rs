@@ -58,7 +58,7 @@ mod tests {
         let config = json!({"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50});
         let spec = spec(&config).expect("good");
-        let attention = &spec.layers[0].attention;
+        let attention = spec.layers[0].attention.as_ref().expect("whole");
         assert_eq!(attention.head_dim, 128);
         let (q, k) = attention.qk_norms.as_ref().expect("norms");
         assert_eq!((q.dim, k.module.as_str()), (128, "model.layers.0.self_attn.k_norm"));

@@ -109,9 +109,10 @@ impl Sizes {
                 }
             };
             LayerSpec {
-                attention: AttentionSpec {
+                attention: Some(AttentionSpec {
                     heads: self.heads,
                     kv_heads: self.heads,
+                    groups: None,
                     head_dim,
                     scale: (1.0 / (head_dim as f64).sqrt()) as f32,
                     causal: false,
@@ -125,9 +126,9 @@ impl Sizes {
                     },
                     qk_norms: None,
                     out: linear(at(i, names.out), self.hidden, self.hidden, true, Role::Out),
-                },
+                }),
                 attention_norms: norms(0),
-                mlp: self.mlp(at(i, names.mlp[0]), at(i, names.mlp[1])),
+                mlp: Some(self.mlp(at(i, names.mlp[0]), at(i, names.mlp[1]))),
                 mlp_norms: norms(1),
             }
         };

@@ -108,7 +108,11 @@ pub(crate) mod tests {
         let plain = spec(&config).expect("good");
         assert_eq!((plain.learned(), plain.tokens([8, 8]), plain.labels()), (1, 5, 0));
         assert_eq!(plain.positions.shape, [1, 5, 12]);
-        assert!(plain.layers.iter().all(|layer| !layer.attention.causal && layer.mlp_norms.pre.is_some()));
+        assert!(
+            plain.layers.iter().all(
+                |layer| !layer.attention.as_ref().expect("whole").causal && layer.mlp_norms.pre.is_some()
+            )
+        );
         let layer = 4 * (12 * 12 + 12) + 2 * 12 * 20 + 20 + 12 + 4 * 12;
         assert_eq!(plain.inventory().parameters(), 12 * 49 + 12 + 5 * 12 + 2 * layer + 24);
         // 4 patches of 48 values into 12; two layers of 5 tokens.

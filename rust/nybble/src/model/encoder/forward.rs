@@ -114,6 +114,9 @@ fn chunk(
             return Err(Error::Interrupted);
         }
         let Layer { attention, attention_block, mlp, mlp_block } = layer;
+        let (Some(attention), Some(mlp)) = (attention, mlp) else {
+            unreachable!("no configuration of an encoder leaves out a part of a layer");
+        };
         let cache = memory
             .cache
             .get_or_insert_with(|| KvCache::new(attention.kv_heads, attention.head_dim, model.kv));
@@ -345,6 +348,7 @@ fn attention_pool(
     let shape = attention::Shape {
         heads: pooling.heads,
         kv_heads: pooling.heads,
+        groups: None,
         head_dim: dim,
         scale: (1.0 / (dim as f64).sqrt()) as f32,
         causal: false,

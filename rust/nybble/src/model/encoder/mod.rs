@@ -168,7 +168,12 @@ impl Encoder {
             family: spec.family.into(),
             layers: spec.layers.len(),
             hidden: spec.hidden,
-            heads: spec.layers.first().map_or(0, |layer| layer.attention.heads),
+            heads: spec
+                .layers
+                .iter()
+                .filter_map(|layer| Some(layer.attention.as_ref()?.heads))
+                .max()
+                .unwrap_or(0),
             channels: spec.channels,
             patch: spec.patch,
             image: spec.image,

@@ -164,8 +164,10 @@ impl EncoderSpec {
         let mut sum = patches as u64 * self.patch_len() as u64 * self.hidden as u64;
         for (index, LayerSpec { attention, mlp, .. }) in self.layers.iter().enumerate() {
             let n = (learned + patches) as u64;
-            let qkv: u64 = attention.qkv.linears().into_iter().map(matrix).sum();
-            sum += n * (qkv + matrix(&attention.out)) + 2 * n * n * attention.q_width() as u64;
+            if let Some(attention) = attention {
+                let qkv: u64 = attention.qkv.linears().into_iter().map(matrix).sum();
+                sum += n * (qkv + matrix(&attention.out)) + 2 * n * n * attention.q_width() as u64;
+            }
             let mut behind = n;
             if let Some(policy) = policy {
                 patches = policy.left(index, patches);
@@ -173,7 +175,8 @@ impl EncoderSpec {
                     behind = (learned + patches) as u64;
                 }
             }
-            sum += behind * mlp.gate.iter().chain([&mlp.up, &mlp.down]).map(matrix).sum::<u64>();
+            let mlp = mlp.iter().flat_map(|mlp| mlp.gate.iter().chain([&mlp.up, &mlp.down]));
+            sum += behind * mlp.map(matrix).sum::<u64>();
         }
         sum
     }
