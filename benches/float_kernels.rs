@@ -113,6 +113,7 @@ fn bench_attention(c: &mut Criterion) {
         window: None,
         alibi: None,
         softcap: None,
+        bias: None,
         causal: true,
         log2: false,
     };

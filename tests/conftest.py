@@ -28,3 +28,14 @@ def tiny(tiny_folder):
     import nybble
 
     return nybble.load(tiny_folder, threads=2)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch with one thread: of many small operations more threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

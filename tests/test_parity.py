@@ -8,17 +8,8 @@ from transformers import AutoModelForCausalLM
 import nybble
 from families import FAMILIES, distance, make, prompts, reference_logits, reference_tokens
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 BOUND = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many small operations: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def greedy(model, ids, count):

@@ -42,7 +42,7 @@ class Test:
 
 
 class Worker:
-    """A process of `benches.peers.worker`.
+    """A process that answers JSON lines, such as `benches.peers.worker`.
 
     Parameters
     ----------
@@ -54,9 +54,18 @@ class Worker:
         Interpreter with the engine installed.
     threads
         What thread pools are told that listen to the environment alone.
+    module
+        What is run.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, python: str, threads: int) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        python: str,
+        threads: int,
+        module: str = "benches.peers.worker",
+    ) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         count = str(threads)
@@ -72,7 +81,7 @@ class Worker:
         }
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [python, "-m", "benches.peers.worker", *arguments],
+                [python, "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from typing_extensions import Buffer, Self
 
 __all__ = [
+    "AttentionGraph",
     "Checkpoint",
     "Encoder",
     "Generator",
@@ -24,6 +25,7 @@ __all__ = [
     "best_matches",
     "bipartite",
     "build_datastore",
+    "choose_patches",
     "cosines",
     "doctor",
     "emphasise",
@@ -143,7 +145,22 @@ class Encoder:
     def macs(self, height: int, width: int, tokens: str | None = None) -> int: ...
     def encode(
         self, pixels: _Floats, tokens: str | None = None
-    ) -> tuple[_Floats, _Floats, _Floats, _Ids | None]: ...
+    ) -> tuple[_Floats, _Floats, _Floats, tuple[_Ids, _Ids] | None]: ...
+
+@final
+class AttentionGraph:
+    def __new__(cls, attention: _Floats, threads: int | None = None) -> Self: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def pagerank(
+        self,
+        iterations: int,
+        tolerance: float,
+        damping: float,
+        token: int | None = None,
+        factor: float | None = None,
+        threads: int | None = None,
+    ) -> tuple[_Floats, list[int]]: ...
 
 @final
 class SafeTensorsWriter:
@@ -204,6 +221,15 @@ def bipartite(
     features: _Floats, count: int, protected: int = 0, threads: int | None = None
 ) -> tuple[_Places, _Places]: ...
 def top_k(scores: _Floats, k: int) -> _Places: ...
+def choose_patches(
+    policy: str,
+    layer: int,
+    depth: int,
+    image: int,
+    attention: _Floats,
+    keys: _Floats,
+    learned: int,
+) -> list[int] | None: ...
 def build_datastore(path: _Path, tokens: _Ids, vocab: int) -> None: ...
 def doctor() -> str: ...
 def encoder_types() -> list[str]: ...

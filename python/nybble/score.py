@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VARIANCES",
+    "AttentionGraph",
     "Ranks",
     "best_matches",
     "bipartite",
@@ -59,8 +60,33 @@ class Ranks:
     iterations: tuple[int, ...]
 
 
+class AttentionGraph:
+    """Attention as a graph to vote on, many times smaller than its probabilities.
+
+    Each probability takes two bytes (a brain float), or one (5 bits of exponent, 3 of mantissa)
+    where there are more than four million of them; votes are sums of hundreds, in which their
+    rounding hardly shows. The run-time's attention leaves this graph instead of a matrix, so what
+    :class:`nybble.tokens.ZeroTPrune` pays for is the voting alone.
+
+    Parameters
+    ----------
+    attention
+        ``[heads, n, n]``, rows with sum 1.
+    threads
+        Threads to use.
+    """
+
+    def __init__(self, attention: Floats, *, threads: int | None = None) -> None:
+        self.raw = _nybble.AttentionGraph(attention, threads)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Heads and tokens."""
+        return self.raw.shape
+
+
 def pagerank(
-    attention: Floats,
+    attention: Floats | AttentionGraph,
     *,
     iterations: int = 50,
     tolerance: float = 1e-6,
@@ -77,7 +103,7 @@ def pagerank(
     Parameters
     ----------
     attention
-        ``[heads, n, n]``.
+        ``[heads, n, n]``, or a graph of it.
     iterations
         Most steps; the paper's number for a layer is :func:`pagerank_iterations`.
     tolerance
@@ -96,8 +122,7 @@ def pagerank(
     ArgumentError
         For another shape or settings out of range.
     """
-    scores, steps = _nybble.pagerank(
-        attention,
+    settings = (
         _positive("iterations", iterations, least=0),
         tolerance,
         damping,
@@ -105,6 +130,10 @@ def pagerank(
         class_factor,
         threads,
     )
+    if isinstance(attention, AttentionGraph):
+        scores, steps = attention.raw.pagerank(*settings)
+    else:
+        scores, steps = _nybble.pagerank(attention, *settings)
     return Ranks(scores, tuple(steps))
 
 

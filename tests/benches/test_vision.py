@@ -17,8 +17,11 @@ def vision():
     """The package, which is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
+        import benches.vision.engines
         import benches.vision.models
         import benches.vision.parity
+        import benches.vision.speed
+        import benches.vision.tokens
 
         yield benches.vision
 
@@ -67,3 +70,56 @@ def test_overlap_of_maps(vision):
     b[0, :, 0] = 1  # two, of which one is the same
     assert overlap(a, b) == pytest.approx((1 / 3 + 1) / 2)
     assert overlap(a, a) == 1
+
+
+def test_every_patch_gets_features(vision, tmp_path):
+    torch.save(state(), tmp_path / "model.pth")
+    vision.models.cifar10_vit(tmp_path / "model.pth", tmp_path / "folder")
+    model = nybble.load(tmp_path / "folder", threads=2)
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
+    full_grid = vision.tokens.full_grid
+    dense = model.encode(pixels)
+    assert np.array_equal(full_grid(dense), dense.patches)
+    merged = model.encode(pixels, tokens={"name": "tome", "layers": [0, 2], "r": 9})
+    left = model.encode(pixels, tokens={"name": "random", "layers": [1], "keep": 0.4})
+    for found in (merged, left):
+        grid = full_grid(found).reshape(3, 64, -1)
+        for image in range(3):
+            for patch, owner in enumerate(found.owners[image]):
+                if owner < 2**32 - 1:
+                    assert np.array_equal(grid[image, patch], found.tokens[image, 1 + owner])
+                else:
+                    assert (found.tokens[image, 1:] == grid[image, patch]).all(axis=1).any()
+
+
+def test_intervals_and_overlaps(vision):
+    tokens = vision.tokens
+    same = tokens.interval(np.full(50, 0.25))
+    assert (same.mean, same.low, same.high) == (0.25, 0.25, 0.25)
+    values = np.random.default_rng(0).standard_normal(400)
+    found = tokens.interval(values)
+    assert found.low < found.mean < found.high
+    assert found.high - found.low == pytest.approx(4 * values.std() / 20, rel=0.1)
+    a = np.zeros((2, 4, 4), np.float32)
+    b = a.copy()
+    a[0, :2], b[0, 1:3] = 1, 1
+    assert tokens.overlaps(a, b).tolist() == [1 / 3, 1]
+
+
+@pytest.mark.parametrize("method", ["random", "zero_tprune", "tome"])
+def test_schedules_of_a_cost(vision, method, tmp_path):
+    torch.save(state(), tmp_path / "model.pth")
+    vision.models.cifar10_vit(tmp_path / "model.pth", tmp_path / "folder")
+    model = nybble.load(tmp_path / "folder", threads=2)
+    tokens = vision.engines.schedule(model, 32, method, 0.3)
+    assert 1 - model.macs(32, tokens) / model.macs(32) == pytest.approx(0.3, abs=0.04)
+
+
+def test_times_are_kept(vision, tmp_path):
+    header = {"threads": 2}
+    times = vision.speed.Times(tmp_path / "times", header)
+    times.add(("nybble f32", 224, 1), 7)
+    times.add(("nybble f32", 224, 1), 9)
+    again = vision.speed.Times(tmp_path / "times", header)
+    assert again.found == {("nybble f32", 224, 1): [7, 9]}
+    assert vision.speed.Times(tmp_path / "times", {"threads": 1}).found == {}

@@ -83,6 +83,25 @@ def test_steps_as_numpy_takes_them(heads, n, steps, seed, class_token):
         assert np.array_equal(other.scores, found.scores)
 
 
+@pytest.mark.parametrize(("n", "coarse"), [(1, False), (60, False), (197, False), (900, True)])
+def test_small_graphs_rank_as_plain_ones(n, coarse):
+    plain = attention(6, n, seed=n)
+    graph = score.AttentionGraph(plain, threads=2)
+    assert graph.shape == (6, n)
+    for how in ({"iterations": 5, "tolerance": 0}, {"tolerance": 1e-3}, {"class_token": 0}):
+        found, wanted = (score.pagerank(g, **how).scores for g in (graph, plain))
+        assert np.allclose(found.sum(axis=1), 1, atol=1e-5)
+        # A weight is off by at most a 16th or a 512th of it, and hundreds of them are added up.
+        assert np.allclose(found, wanted, rtol=3e-2 if coarse else 2e-3)
+        order, other = (
+            np.argsort(np.argsort(scores, axis=1), axis=1) for scores in (found, wanted)
+        )
+        for a, b in zip(order, other, strict=True):
+            assert n == 1 or np.corrcoef(a, b)[0, 1] > 0.999
+    one = score.pagerank(score.AttentionGraph(plain, threads=1), threads=1).scores
+    assert np.array_equal(one, score.pagerank(graph, threads=2).scores)
+
+
 def test_iterations_of_the_paper():
     assert [score.pagerank_iterations(layer, 12) for layer in (0, 2, 3, 7, 8, 11)] == [
         30,
@@ -165,6 +184,17 @@ def test_top_k(scores, k):
     array = np.array(scores, dtype=np.float32)
     order = np.argsort(-np.where(np.isnan(array), -np.inf, array), kind="stable")
     assert score.top_k(array, k).tolist() == sorted(order[:k])
+
+
+def test_graphs_that_are_none():
+    with pytest.raises(ArgumentError, match="as many keys as queries"):
+        score.AttentionGraph(np.ones((1, 2, 3), np.float32))
+    graph = score.AttentionGraph(attention(2, 5))
+    for wrong in ({"damping": 2.0}, {"class_token": 5}, {"tolerance": -1.0}):
+        with pytest.raises(ArgumentError):
+            score.pagerank(graph, **wrong)
+    empty = score.AttentionGraph(np.ones((3, 0, 0), np.float32))
+    assert score.pagerank(empty).scores.shape == (3, 0)
 
 
 def test_mistakes():

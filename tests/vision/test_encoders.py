@@ -12,16 +12,8 @@ from nybble.compress import compress
 from nybble.errors import ArgumentError, ConfigError, FormatError, UnsupportedError
 from vision.encoders import ENCODERS, SIZES, reference, save
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 BOUND = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pixels(images, height=24, width=24, seed=0):

@@ -14,11 +14,12 @@ from nybble.tokens import (
     AttentionReceived,
     EViT,
     RandomPatches,
+    ToMe,
     ZeroTPrune,
 )
 from vision.encoders import make, save
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 METHODS = {
     "random": RandomPatches(layers=(0, 1), keep=0.6),
@@ -27,15 +28,9 @@ METHODS = {
     "evit-drop": EViT(layers=(1,), keep=0.5, fuse=False),
     "zero": ZeroTPrune(layers=(0, 1), keep=(0.8, 0.7), similar=4),
     "zero-class": ZeroTPrune(layers=(0, 1), keep=0.7, similar=0, class_start=True, iterations=7),
+    "tome": ToMe(layers=(0, 1, 2), r=(9, 7, 100)),
+    "tome-plain": ToMe(layers=(1, 2), r=5, proportional=False),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -50,84 +45,128 @@ def pixels(images, seed=0):
     return np.random.default_rng(seed).standard_normal((images, 3, 24, 24)).astype(np.float32)
 
 
-def vote(attention, layer, method):
-    """Zero-TPrune's importance, from the tested scores."""
-    steps = method.iterations or score.pagerank_iterations(layer, 3)
-    ranks = score.pagerank(
-        np.ascontiguousarray(attention, dtype=np.float32),
-        iterations=steps,
-        tolerance=1e-3,
-        class_token=0 if method.class_start else None,
-    ).scores
+def settle(attention, scores, steps, gone=()):
+    """Votes of every head from `scores` on, until they change by less than 1e-3."""
+    found = []
+    for graph, start in zip(attention, scores, strict=True):
+        old = start.copy()
+        old[list(gone)] = 0
+        old /= old.sum()
+        for _ in range(steps):
+            new = graph.T @ old
+            new[list(gone)] = 0
+            new /= new.sum()
+            change, old = np.abs(new - old).sum(), new
+            if change < 1e-3:
+                break
+        found.append(old)
+    return np.array(found)
+
+
+def importance(ranks, left, method):
+    ranks = np.ascontiguousarray(ranks[:, left], dtype=np.float32)
     return score.emphasise(ranks, score.informative_heads(ranks, method.variances))
 
 
 def zero_tprune(attention, keys, layer, keep, method):
     """The patches that stay, token 0 being the class token."""
-    n = attention.shape[1]
+    heads, n, _ = attention.shape
+    steps = method.iterations or score.pagerank_iterations(layer, 3)
+    start = np.ones((heads, n))
+    if method.class_start:
+        start[:, 0] = math.sqrt(n)
+    ranks = settle(attention, start, steps)
     left = list(range(1, n))
     if twins := min(method.similar, (n - 1) // 2):
-        importance = vote(attention, layer, method)
-        order = sorted(left, key=lambda token: (importance[token], -token))
+        matter = importance(ranks, range(n), method)
+        order = sorted(left, key=lambda token: (matter[token], -token))
         low, high = order[: len(left) // 2], order[len(left) // 2 :]
         unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
         best = (unit[low] @ unit[high].T).max(axis=1)
         gone = {low[i] for i in np.argsort(-best, kind="stable")[:twins]}
         left = [token for token in left if token not in gone]
-    everyone = [0, *left]
-    graph = attention[:, everyone][:, :, everyone]
-    graph = graph / graph.sum(axis=2, keepdims=True)
-    importance = vote(graph, layer, method)[1:]
+        ranks = settle(attention, ranks, steps, gone)
     count = math.ceil(keep * len(left) - 1e-9)
-    best = np.argsort(-importance, kind="stable")[:count]
+    matter = importance(ranks, [0, *left], method)[1:]
+    best = np.argsort(-matter, kind="stable")[:count]
     return [0, *sorted(left[i] for i in best)]
+
+
+def tome(keys, sizes, count):
+    """For each token left the tokens it is made of, its own first; token 0 is the class token."""
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    even, odd = range(2, len(keys), 2), range(1, len(keys), 2)
+    cosines = unit[even] @ unit[odd].T
+    members = {token: [token] for token in range(len(keys))}
+    for i in sorted(np.argsort(-cosines.max(axis=1), kind="stable")[:count]):
+        members[odd[cosines[i].argmax()]] += members.pop(even[i])
+    return list(members.values())
 
 
 def by_head(y):
     return y[0].reshape(y.shape[1], 3, -1).transpose(0, 1)
 
 
+def each(value, method):
+    return value if isinstance(value, tuple) else (value,) * len(method.layers)
+
+
 def reference(model, values, method):
     """One image through transformers' layers, with tokens taken out as the method says."""
-    shares = method.keep if isinstance(method.keep, tuple) else (method.keep,) * len(method.layers)
+    shares, counts = (each(value, method) for value in method.budget())
+    behind = isinstance(method, ZeroTPrune)
     with torch.no_grad():
         x = model.vit.embeddings(torch.from_numpy(values[None]))
         places = list(range(x.shape[1] - 1))
+        owners = np.arange(x.shape[1] - 1)
+        sizes = torch.ones(x.shape[1])
         for index, layer in enumerate(model.vit.layers):
             normed = layer.layernorm_before(x)
             attend = layer.attention
             q, k, v = (by_head(p(normed)) for p in (attend.q_proj, attend.k_proj, attend.v_proj))
-            weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=2)
+            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+            if isinstance(method, ToMe) and method.proportional:
+                scores = scores + sizes.log()
+            weights = torch.softmax(scores, dim=2)
             x = x + attend.o_proj((weights @ v).transpose(0, 1).reshape(1, x.shape[1], -1))
-            chosen, merged = None, None
+            rows = None  # for each token left its own place and what it is made of
             if index in method.layers:
-                share = shares[method.layers.index(index)]
-                graph = weights.numpy()
-                count = math.ceil(share * (x.shape[1] - 1) - 1e-9)
-                if isinstance(method, ZeroTPrune):
+                step = method.layers.index(index)
+                n, graph = x.shape[1], weights.numpy()
+                count = math.ceil(shares[step] * (n - 1) - 1e-9)
+                if behind:
                     keys = attend.k_proj(normed)[0].numpy()
-                    chosen = zero_tprune(graph, keys, index, share, method)
+                    kept = zero_tprune(graph, keys, index, shares[step], method)
+                    rows = [(i, {i: 1.0}) for i in kept]
+                elif isinstance(method, ToMe):
+                    removed = min(counts[step], (n - 1) // 2)
+                    groups = tome(k.mean(0).numpy(), sizes, removed)
+                    rows = [
+                        (g[0], {i: float(sizes[i] / sizes[g].sum()) for i in g}) for g in groups
+                    ]
                 else:
                     row = graph[:, 0].mean(0)
-                    scores = row if isinstance(method, EViT) else graph.mean(axis=(0, 1))
-                    best = np.argsort(-scores[1:], kind="stable")[:count]
-                    chosen = [0, *sorted(1 + i for i in best)]
+                    received = row if isinstance(method, EViT) else graph.mean(axis=(0, 1))
+                    best = np.argsort(-received[1:], kind="stable")[:count]
+                    kept = [0, *sorted(1 + i for i in best)]
+                    rows = [(i, {i: 1.0}) for i in kept]
                     if isinstance(method, EViT) and method.fuse:
-                        rest = [i for i in range(x.shape[1]) if i not in chosen]
-                        weight = torch.from_numpy(row[rest])
-                        merged = (weight[:, None] * x[0, rest]).sum(0)
-            if chosen and not isinstance(method, ZeroTPrune):
-                x = x[:, chosen]
-                if merged is not None:
-                    x = torch.cat([x, merged[None, None]], dim=1)
-            x = x + layer.mlp(layer.layernorm_after(x))
-            if chosen and isinstance(method, ZeroTPrune):
-                x = x[:, chosen]
-            if chosen:
-                places = [places[i - 1] for i in chosen[1:]]
-                places += [2**32 - 1] if merged is not None else []
+                        rest = [i for i in range(n) if i not in kept]
+                        rows.append((None, {i: float(row[i]) for i in rest}))
+            after = layer.mlp(layer.layernorm_after(x)) if behind or rows is None else None
+            if after is not None:
+                x = x + after
+            if rows is not None:
+                x = torch.stack([sum(w * x[0, i] for i, w in parts.items()) for _, parts in rows])
+                x = x[None]
+                sizes = torch.stack([sizes[list(parts)].sum() for _, parts in rows])
+                places = [2**32 - 1 if i is None else places[i - 1] for i, _ in rows[1:]]
+                into = {i: row - 1 for row, (_, parts) in enumerate(rows) for i in parts}
+                owners = [into.get(o + 1, -1) if o >= 0 else -1 for o in owners]
+                if not behind:
+                    x = x + layer.mlp(layer.layernorm_after(x))
         x = model.vit.layernorm(x)
-        return x[0].numpy(), model.classifier(x[:, 0])[0].numpy(), places
+        return x[0].numpy(), model.classifier(x[:, 0])[0].numpy(), places, owners
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
@@ -136,8 +175,9 @@ def test_as_transformers_layers_with_rows_taken_out(name, folder):
     values = pixels(4)
     found = ours.encode(values, tokens=METHODS[name])
     for index in range(4):
-        tokens, logits, places = reference(model, values[index], METHODS[name])
+        tokens, logits, places, owners = reference(model, values[index], METHODS[name])
         assert found.places[index].tolist() == places
+        assert found.owners[index].tolist() == [owner % 2**32 for owner in owners]
         assert np.allclose(found.tokens[index], tokens, atol=1e-4 * np.abs(tokens).max())
         assert np.allclose(found.logits[index], logits, atol=1e-4 * np.abs(logits).max())
 
@@ -167,12 +207,14 @@ def test_batches_threads_and_counts(name, folder):
 @pytest.mark.parametrize("name", PATCH_METHODS)
 def test_all_patches_kept_is_the_model_itself(name, folder):
     ours = nybble.load(folder, threads=2)
-    method = {"name": name, "layers": [0, 2], "keep": 1.0}
+    method = {"name": name, "layers": [0, 2]}
+    method |= {"r": 0} if name == "tome" else {"keep": 1.0}
     if name == "zero_tprune":
         method["similar"] = 0
     dense, kept = ours.encode(pixels(3)), ours.encode(pixels(3), tokens=method)
     assert np.array_equal(dense.tokens, kept.tokens)
     assert np.array_equal(kept.places, np.tile(np.arange(36), (3, 1)))
+    assert np.array_equal(kept.owners, kept.places)
     assert ours.macs(tokens=method) == ours.macs()
 
 
@@ -181,7 +223,11 @@ def test_learned_tokens_stay(name, tmp_path):
     save(name, tmp_path)
     ours = nybble.load(tmp_path, threads=2)
     learned = ours.info["learned_tokens"]
-    for method in (AttentionReceived((0, 1), 0.5), ZeroTPrune((0, 1), 0.5, similar=3)):
+    for method in (
+        AttentionReceived((0, 1), 0.5),
+        ZeroTPrune((0, 1), 0.5, similar=3),
+        ToMe((0, 1), 8),
+    ):
         found = ours.encode(pixels(2), tokens=method)
         assert found.tokens.shape[1] == learned + found.places.shape[1]
         assert np.isfinite(found.embedding).all()
@@ -232,6 +278,9 @@ def test_schedules_that_mean_nothing(folder):
         (AttentionReceived((0,), 1.5), ArgumentError),
         (ZeroTPrune((0,), 0.5, similar=-1), ArgumentError),
         (ZeroTPrune((0,), 0.5, variances=(1.0, 0.5)), ArgumentError),
+        (ToMe((0,), -1), ArgumentError),
+        (ToMe((0, 1), (1,)), ArgumentError),
+        (ToMe((0,), 0.5), ArgumentError),
         ("zero-tprune", ArgumentError),
         ({"layers": [0]}, ArgumentError),
         ({"name": "evit", "rate": 0.5}, ArgumentError),
@@ -242,3 +291,6 @@ def test_schedules_that_mean_nothing(folder):
     # The least that a schedule leaves is one patch.
     least = ours.encode(pixels(1), tokens=AttentionReceived((0, 1), 1e-6))
     assert least.tokens.shape[1] == 2
+    # What is compared leaves at most half; the other half stays whatever is asked for.
+    for method in (ToMe((0,), 10**6), ZeroTPrune((0,), 1.0, similar=10**6)):
+        assert ours.encode(pixels(1), tokens=method).tokens.shape[1] == 1 + 18

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nybble.runtime.images import Picture
     from nybble.tokens import PatchMethod
 
+    Patches = PatchMethod | Mapping[str, Any] | str | os.PathLike[str]
+
 __all__ = ["Encoding", "ImageEncoder", "Prediction"]
 
 _MAX_LABEL = 200
@@ -46,8 +48,12 @@ class Encoding:
         Rows and columns of patches.
     places
         With pruned tokens, which patch each token behind the learned ones is, ``[images, tokens]``,
-        counted row by row; the largest number of the type for one that several were merged into.
-        ``None`` where nothing was pruned.
+        counted row by row; the largest number of the type for one that several were merged into
+        and that is none of theirs (EViT). ``None`` where nothing was pruned.
+    owners
+        With pruned tokens, which token behind the learned ones holds each patch, ``[images,
+        patches]``; the largest number of the type for a patch that left. Merged patches have the
+        same owner.
     """
 
     tokens: npt.NDArray[np.float32]
@@ -55,6 +61,7 @@ class Encoding:
     logits: npt.NDArray[np.float32] | None
     grid: tuple[int, int]
     places: npt.NDArray[np.uint32] | None = None
+    owners: npt.NDArray[np.uint32] | None = None
 
     @property
     def patches(self) -> npt.NDArray[np.float32]:
@@ -103,11 +110,14 @@ class ImageEncoder:
         The extension's encoder.
     path
         The folder it came from.
+    tokens
+        What :meth:`encode` does where it is told nothing else about tokens.
     """
 
-    def __init__(self, raw: _nybble.Encoder, path: Path) -> None:
+    def __init__(self, raw: _nybble.Encoder, path: Path, tokens: Patches | None = None) -> None:
         self.raw = raw
         self.path = path
+        self.tokens = tokens
         self.info: dict[str, Any] = json.loads(raw.info())
 
     @classmethod
@@ -118,6 +128,7 @@ class ImageEncoder:
         *,
         kv: str | None = None,
         mmap: bool = True,
+        tokens: Patches | None = None,
     ) -> ImageEncoder:
         """Load an encoder.
 
@@ -132,6 +143,9 @@ class ImageEncoder:
             ``"int8"``. By default ``"f16"`` for quantized models, else ``"f32"``.
         mmap
             Whether the weights are mapped or read.
+        tokens
+            Which patches deeper layers do without in every call, see :meth:`encode`; ``None`` for
+            all patches.
 
         Raises
         ------
@@ -143,7 +157,10 @@ class ImageEncoder:
         place = Path(path).expanduser()
         if threads is not None:
             threads = count("threads", threads)
-        return cls(_nybble.Encoder.open(place, threads, kv, mmap), place)
+        model = cls(_nybble.Encoder.open(place, threads, kv, mmap), place, tokens)
+        if tokens is not None:
+            model.macs()  # what does not fit the model fails here
+        return model
 
     @cached_property
     def processor(self) -> ImageProcessor:
@@ -160,6 +177,17 @@ class ImageEncoder:
             str(names.get(str(index), f"LABEL_{index}"))[:_MAX_LABEL]
             for index in range(int(self.info["labels"]))
         )
+
+    def processor_for(self, size: int | tuple[int, int] | None = None) -> ImageProcessor:
+        """Return how images are prepared for a height and width; as the folder says without."""
+        if size is None:
+            return self.processor
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2:
+            message = f"size: expected height and width, found {size!r:.60}"
+            raise ArgumentError(message)
+        height, width = (count("size", side) for side in sides)
+        return self.processor.at(height, width)
 
     def preprocess(
         self, images: Picture | Sequence[Picture], size: int | tuple[int, int] | None = None
@@ -184,14 +212,7 @@ class ImageEncoder:
         """
         import numpy as np
 
-        processor = self.processor
-        if size is not None:
-            sides = (size, size) if isinstance(size, int) else tuple(size)
-            if len(sides) != 2:
-                message = f"size: expected height and width, found {size!r:.60}"
-                raise ArgumentError(message)
-            height, width = (count("size", side) for side in sides)
-            processor = processor.at(height, width)
+        processor = self.processor_for(size)
         if not isinstance(images, (list, tuple)):
             images = [images]  # type: ignore[list-item]  # not a sequence, so a picture
         if not images:
@@ -208,7 +229,7 @@ class ImageEncoder:
         images: Picture | Sequence[Picture] | npt.NDArray[np.float32],
         *,
         size: int | tuple[int, int] | None = None,
-        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+        tokens: Patches | None = None,
     ) -> Encoding:
         """Encode images.
 
@@ -222,8 +243,9 @@ class ImageEncoder:
             As for :meth:`preprocess`.
         tokens
             Which patches the deeper layers do without: a method in
-            :data:`nybble.tokens.PATCH_METHODS`, its name, or a mapping with its ``name`` and its
-            settings. It is faster and changes the result.
+            :data:`nybble.tokens.PATCH_METHODS`, its name, a mapping with its ``name`` and its
+            settings, or the path of a JSON file with one. It is faster and changes the result. By
+            default what the model was loaded with; ``"off"`` for all patches.
 
         Raises
         ------
@@ -243,7 +265,8 @@ class ImageEncoder:
             pixels: npt.NDArray[np.float32] = images  # type: ignore[assignment]  # just checked
         else:
             pixels = self.preprocess(images, size)  # type: ignore[arg-type]  # checked there
-        states, embedding, logits, places = self.raw.encode(pixels, _policy(tokens))
+        states, embedding, logits, reduced = self.raw.encode(pixels, self._policy(tokens))
+        places, owners = (None, None) if reduced is None else reduced
         high, wide = self.info["patch"]
         return Encoding(
             tokens=states,
@@ -251,12 +274,13 @@ class ImageEncoder:
             logits=logits if self.info["labels"] else None,
             grid=(pixels.shape[2] // high, pixels.shape[3] // wide),
             places=places,
+            owners=owners,
         )
 
     def macs(
         self,
         size: int | tuple[int, int] | None = None,
-        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+        tokens: Patches | None = None,
     ) -> int:
         """Return the multiplications with additions that an image takes.
 
@@ -271,7 +295,7 @@ class ImageEncoder:
         """
         sides = self.info["image"] if size is None else size
         height, width = (sides, sides) if isinstance(sides, int) else sides
-        return self.raw.macs(count("size", height), count("size", width), _policy(tokens))
+        return self.raw.macs(count("size", height), count("size", width), self._policy(tokens))
 
     def classify(
         self,
@@ -279,7 +303,7 @@ class ImageEncoder:
         top: int = 5,
         *,
         size: int | tuple[int, int] | None = None,
-        tokens: PatchMethod | Mapping[str, Any] | str | None = None,
+        tokens: Patches | None = None,
     ) -> list[list[Prediction]]:
         """Return the likeliest classes of each image, best first.
 
@@ -312,15 +336,14 @@ class ImageEncoder:
             for row, best in zip(shares, order, strict=True)
         ]
 
+    def _policy(self, tokens: Patches | None) -> str | None:
+        """Return a policy of token reduction as the extension reads it."""
+        from nybble.tokens.patches import patch_method
+
+        tokens = self.tokens if tokens is None else tokens
+        if tokens is None or (isinstance(tokens, str) and tokens == "off"):
+            return None
+        return json.dumps(patch_method(tokens).settings())
+
     def __repr__(self) -> str:
         return f"ImageEncoder({str(self.path)!r}, {self.info.get('family')})"
-
-
-def _policy(tokens: PatchMethod | Mapping[str, Any] | str | None) -> str | None:
-    """Return a policy of token reduction as the extension reads it."""
-    if tokens is None:
-        return None
-    from nybble.tokens import PATCH_METHODS
-    from nybble.tokens.patches import patch_settings
-
-    return json.dumps(patch_settings(tokens, PATCH_METHODS))

@@ -38,7 +38,8 @@ def load(
     threads, kv, mmap
         As for :func:`load_language`.
     **options
-        The other parameters of :func:`load_language`; a model that reads images has none.
+        The other parameters of :func:`load_language`; of these a model that reads images has
+        ``tokens``, with a meaning of its own: see ``ImageEncoder.from_pretrained``.
 
     Returns
     -------
@@ -54,12 +55,13 @@ def load(
     """
     if not _reads_images(Path(path).expanduser()):
         return load_language(path, threads, kv=kv, mmap=mmap, **options)
+    tokens = options.pop("tokens", None)
     if options:
         message = f"{sorted(options)[0]}: expected nothing for an image encoder: it writes no text"
         raise ArgumentError(message)
     from nybble.runtime.encoder import ImageEncoder
 
-    return ImageEncoder.from_pretrained(path, threads, kv=kv, mmap=mmap)
+    return ImageEncoder.from_pretrained(path, threads, kv=kv, mmap=mmap, tokens=tokens)
 
 
 def _reads_images(place: Path) -> bool:

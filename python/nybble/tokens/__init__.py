@@ -11,7 +11,8 @@ Leaving out tokens is lossy. What it costs must be measured on tokens behind the
 stayed get better only because the hard ones are gone.
 
 A :class:`PatchMethod` says which of an image's tokens the deeper layers of an encoder do without;
-it goes to ``tokens`` of :meth:`nybble.runtime.encoder.ImageEncoder.encode`.
+it goes to ``tokens`` of :meth:`nybble.runtime.encoder.ImageEncoder.encode`, and
+:func:`apply` uses it on a transformers model.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from nybble.tokens.agile_quant import AgileQuant
 from nybble.tokens.attention_received import AttentionReceived
 from nybble.tokens.base import TokenMethod, TokenPolicy, settings, to_json
 from nybble.tokens.evit import EViT
+from nybble.tokens.hooks import apply
 from nybble.tokens.patches import PatchMethod
 from nybble.tokens.random_patches import RandomPatches
+from nybble.tokens.tome import ToMe
+from nybble.tokens.tune import tune
 from nybble.tokens.zero_tprune import ZeroTPrune
 
 __all__ = [
@@ -33,11 +37,14 @@ __all__ = [
     "EViT",
     "PatchMethod",
     "RandomPatches",
+    "ToMe",
     "TokenMethod",
     "TokenPolicy",
     "ZeroTPrune",
+    "apply",
     "settings",
     "to_json",
+    "tune",
 ]
 
 METHODS: Registry[TokenMethod] = Registry(
@@ -51,6 +58,7 @@ PATCH_METHODS: Registry[PatchMethod] = Registry(
     attention_received=AttentionReceived,
     evit=EViT,
     random=RandomPatches,
+    tome=ToMe,
     zero_tprune=ZeroTPrune,
 )
 """Every method for images by name."""

@@ -27,6 +27,10 @@ class AttentionReceived(PatchMethod):
     layers: Sequence[int] = (3, 6, 9)
     keep: float | Sequence[float] = 0.7
 
+    def budget(self) -> tuple[float | Sequence[float], int | Sequence[int]]:
+        """Return the shares that stay."""
+        return self.keep, 0
+
     def method(self) -> dict[str, Any]:
         """Return the method as the core reads it."""
         return {"received": {}}

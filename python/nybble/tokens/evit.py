@@ -36,6 +36,10 @@ class EViT(PatchMethod):
     keep: float | Sequence[float] = 0.7
     fuse: bool = True
 
+    def budget(self) -> tuple[float | Sequence[float], int | Sequence[int]]:
+        """Return the shares that stay."""
+        return self.keep, 0
+
     def method(self) -> dict[str, Any]:
         """Return the method as the core reads it."""
         return {"class_row": {"fuse": self.fuse}}

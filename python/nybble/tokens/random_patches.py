@@ -29,6 +29,10 @@ class RandomPatches(PatchMethod):
     keep: float | Sequence[float] = 0.7
     seed: int = 0
 
+    def budget(self) -> tuple[float | Sequence[float], int | Sequence[int]]:
+        """Return the shares that stay."""
+        return self.keep, 0
+
     def method(self) -> dict[str, Any]:
         """Return the method as the core reads it."""
         return {"random": {"seed": self.seed}}

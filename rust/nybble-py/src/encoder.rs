@@ -18,7 +18,7 @@ type Encoded<'py> = (
     Bound<'py, PyArray3<f32>>,
     Bound<'py, PyArray2<f32>>,
     Bound<'py, PyArray2<f32>>,
-    Option<Bound<'py, PyArray2<u32>>>,
+    Option<(Bound<'py, PyArray2<u32>>, Bound<'py, PyArray2<u32>>)>,
 );
 
 /// An open image encoder.
@@ -65,7 +65,8 @@ impl Encoder {
 
     /// Tokens `[images, tokens, hidden]`, embeddings `[images, embedding]` and class scores `[images, labels]` of
     /// `pixels [images, channels, height, width]`, and with a policy of token reduction (as JSON) which patches the tokens
-    /// are, `[images, tokens]` without learned ones, the largest number for what several were merged into.
+    /// are, `[images, tokens]` without learned ones, the largest number for what several were merged into; and for each patch
+    /// the token that holds it, `[images, patches]`, the largest number for one that left.
     #[pyo3(signature = (pixels, tokens=None))]
     fn encode<'py>(
         &self,
@@ -81,8 +82,11 @@ impl Encoder {
         let images = done.images;
         let tokens = (done.tokens.len() / spec.hidden).checked_div(images).unwrap_or(0);
         let patches = done.places.len().checked_div(images).unwrap_or(0);
+        let all = done.owners.len().checked_div(images).unwrap_or(0);
         let places = match policy {
-            Some(_) => Some(matrix(py, done.places, images, patches)?),
+            Some(_) => {
+                Some((matrix(py, done.places, images, patches)?, matrix(py, done.owners, images, all)?))
+            }
             None => None,
         };
         Ok((
@@ -95,7 +99,7 @@ impl Encoder {
 }
 
 /// Reads a policy of token reduction.
-fn policy(json: &str) -> Result<PatchPolicy> {
+pub(crate) fn policy(json: &str) -> Result<PatchPolicy> {
     serde_json::from_str(json).map_err(|error| Error::argument("tokens", "a policy for patches", error))
 }
 

@@ -41,8 +41,8 @@ mod _nybble {
     use super::model::Model;
     #[pymodule_export]
     use super::score::{
-        attention_received, attention_row, best_matches, bipartite, cosines, emphasise, informative_heads,
-        pagerank, pagerank_iterations, top_k,
+        AttentionGraph, attention_received, attention_row, best_matches, bipartite, choose_patches, cosines,
+        emphasise, informative_heads, pagerank, pagerank_iterations, top_k,
     };
     #[pymodule_export]
     use super::session::Session;

@@ -5,8 +5,10 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use nybble::kernels::Kernels;
-use nybble::score::{self, PageRank, Start, heads, similarity};
+use nybble::kernels::attention::Graph;
+use nybble::score::{self, Matrices, PageRank, Recorded, Start, heads, similarity};
 use nybble::threads::Pool;
+use nybble::tokens::patches::{Evidence, Wants};
 use nybble::tokens::select::highest;
 use nybble::{Error, Result};
 use pyo3::prelude::*;
@@ -47,16 +49,70 @@ pub(crate) fn pagerank<'py>(
 ) -> PyResult<(Matrix<'py>, Vec<usize>)> {
     let (heads, n, columns) = attention.as_array().dim();
     let attention = values(&attention);
-    let start = match token {
-        None => Start::Uniform,
-        Some(token) => Start::Emphasised { token, factor: factor.unwrap_or((n as f32).sqrt()) },
-    };
-    let settings = PageRank { iterations, tolerance, damping, start };
+    let settings = PageRank { iterations, tolerance, damping, start: start(token, factor, n) };
     let ranks = run(py, || {
         square(n, columns)?;
-        score::pagerank(&*pool(threads)?, Kernels::best().elementwise, &attention, heads, n, &settings)
+        let votes = Matrices::new(Kernels::best().elementwise, &attention, heads, n)?;
+        score::pagerank(&*pool(threads)?, &votes, &settings)
     })?;
     Ok((matrix(py, ranks.scores, heads, n)?, ranks.iterations))
+}
+
+/// Attention as a graph whose probabilities take a byte or two.
+#[pyclass(frozen, module = "nybble._nybble")]
+pub(crate) struct AttentionGraph {
+    core: Graph,
+}
+
+#[pymethods]
+impl AttentionGraph {
+    /// The graph of `attention [heads, n, n]`.
+    #[new]
+    #[pyo3(signature = (attention, threads=None))]
+    fn new(py: Python<'_>, attention: PyReadonlyArray3<'_, f32>, threads: Option<usize>) -> PyResult<Self> {
+        let (heads, n, columns) = attention.as_array().dim();
+        let attention = values(&attention);
+        let core = run(py, || {
+            square(n, columns)?;
+            Graph::from_f32(&*pool(threads)?, Kernels::best().attention, &attention, heads, n)
+        })?;
+        Ok(Self { core })
+    }
+
+    /// Heads and tokens.
+    #[getter]
+    fn shape(&self) -> (usize, usize) {
+        (self.core.heads(), self.core.len())
+    }
+
+    /// Scores `[heads, n]` and the steps of each head.
+    #[pyo3(signature = (iterations, tolerance, damping, token=None, factor=None, threads=None))]
+    #[allow(clippy::too_many_arguments)] // Python passes them by name
+    fn pagerank<'py>(
+        &self,
+        py: Python<'py>,
+        iterations: usize,
+        tolerance: f32,
+        damping: f32,
+        token: Option<usize>,
+        factor: Option<f32>,
+        threads: Option<usize>,
+    ) -> PyResult<(Matrix<'py>, Vec<usize>)> {
+        let (heads, n) = self.shape();
+        let settings = PageRank { iterations, tolerance, damping, start: start(token, factor, n) };
+        let ranks = run(py, || {
+            let votes = Recorded { kernel: Kernels::best().attention, graph: &self.core };
+            score::pagerank(&*pool(threads)?, &votes, &settings)
+        })?;
+        Ok((matrix(py, ranks.scores, heads, n)?, ranks.iterations))
+    }
+}
+
+fn start(token: Option<usize>, factor: Option<f32>, n: usize) -> Start {
+    match token {
+        None => Start::Uniform,
+        Some(token) => Start::Emphasised { token, factor: factor.unwrap_or((n as f32).sqrt()) },
+    }
 }
 
 fn square(rows: usize, columns: usize) -> Result<()> {
@@ -203,4 +259,52 @@ pub(crate) fn top_k<'py>(
         Ok(keep)
     })?;
     Ok(PyArray1::from_vec(py, keep))
+}
+
+/// Which of `n` tokens stay behind a layer, ascending, as a policy (JSON) has it: `attention [heads, n, n]` and `keys
+/// [n, dim]` of all heads side by side are the layer's, and the first `learned` tokens stay. None where all stay.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // Python passes them by name
+pub(crate) fn choose_patches<'py>(
+    py: Python<'py>,
+    policy: &str,
+    layer: usize,
+    depth: usize,
+    image: usize,
+    attention: PyReadonlyArray3<'py, f32>,
+    keys: PyReadonlyArray2<'py, f32>,
+    learned: usize,
+) -> PyResult<Option<Vec<usize>>> {
+    let (heads, n, columns) = attention.as_array().dim();
+    let (attention, rows, keys) = (values(&attention), keys.as_array().nrows(), values(&keys));
+    run(py, || {
+        square(n, columns)?;
+        if rows != n || learned > n {
+            return Err(Error::argument("keys", format!("{n} rows, {learned} of them learned"), rows));
+        }
+        let policy = crate::encoder::policy(policy)?;
+        policy.check(depth, learned > 0)?;
+        let (pool, kernels) = (pool(None)?, Kernels::best());
+        let Some(budget) = policy.budget(layer, n - learned) else { return Ok(None) };
+        let graph;
+        let mut evidence =
+            Evidence { layer: (layer, depth), image, keys: &keys, heads, learned, ..Evidence::default() };
+        let scores = match policy.method.wants() {
+            Wants::Nothing | Wants::Keys => Vec::new(),
+            Wants::Received => score::received(&pool, kernels.elementwise, &attention, heads, n)?,
+            Wants::ClassRow => score::query_row(kernels.elementwise, &attention, heads, n, 0)?,
+            Wants::Graph => {
+                graph = Graph::from_f32(&pool, kernels.attention, &attention, heads, n)?;
+                evidence.graph = Some(&graph);
+                Vec::new()
+            }
+        };
+        evidence.scores = &scores;
+        let plan = policy.method.plan(&pool, &kernels, &evidence, n, budget)?;
+        let whole = plan.rows().all(|(own, parts)| own.is_some() && parts.len() == 1);
+        if !whole {
+            return Err(Error::unsupported("merging tokens here", "only a choice of tokens is returned"));
+        }
+        Ok(Some(plan.rows().filter_map(|row| row.0).collect()))
+    })
 }

@@ -358,6 +358,7 @@ pub(super) fn shape<'a>(run: Run<'_>, attention: &'a Attention) -> attention::Sh
         window: attention.window,
         alibi: attention.slopes.as_deref(),
         softcap: attention.softcap,
+        bias: None,
         log2: run.settings.log2_softmax,
     }
 }

@@ -14,7 +14,7 @@ pub mod heads;
 pub mod pagerank;
 pub mod similarity;
 
-pub use pagerank::{PageRank, Ranks, Start, pagerank};
+pub use pagerank::{Matrices, PageRank, Ranks, Recorded, Start, Votes, pagerank};
 
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::Elementwise;

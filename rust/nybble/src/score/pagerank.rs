@@ -11,12 +11,17 @@
 //! constant that this leaves out. `A` is read row by row, each row multiplied by its token's score and added up, so nothing is
 //! transposed and every read is in order.
 
-use std::sync::Mutex;
+use std::cmp::Ordering;
+use std::sync::{Mutex, PoisonError};
 
 use super::check;
 use crate::error::{Error, Result};
+use crate::kernels::attention::{Attention, Graph};
 use crate::kernels::elementwise::Elementwise;
 use crate::threads::Pool;
+
+/// Sums side by side.
+const LANES: usize = 16;
 
 /// How to iterate.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,25 +79,86 @@ pub fn iterations(layer: usize, depth: usize) -> usize {
     }
 }
 
-/// Scores the `n` tokens of `attention [heads, n, n]`. Heads are shared out to the pool's threads.
-pub fn pagerank(
-    pool: &Pool,
-    kernel: &dyn Elementwise,
-    attention: &[f32],
+/// A graph of attention for each head, whose rows sum to 1.
+pub trait Votes: Sync {
+    /// Number of heads.
+    fn heads(&self) -> usize;
+
+    /// Number of tokens.
+    fn tokens(&self) -> usize;
+
+    /// For the heads named, in ascending order, `next = transpose(A) scores`; both are `[heads, tokens]`.
+    fn pass(&self, pool: &Pool, scores: &[f32], heads: &[usize], next: &mut [f32]);
+}
+
+/// Graphs as plain numbers, `[heads, n, n]`.
+#[derive(Clone, Copy)]
+pub struct Matrices<'a> {
+    kernel: &'a dyn Elementwise,
+    attention: &'a [f32],
     heads: usize,
     n: usize,
-    settings: &PageRank,
-) -> Result<Ranks> {
-    let square = check(attention, heads, n)?;
-    let PageRank { tolerance, damping, start, .. } = *settings;
-    if !(0.0..=1.0).contains(&damping) {
-        return Err(Error::argument("damping", "a share from 0 to 1", damping));
+}
+
+impl<'a> Matrices<'a> {
+    /// The graphs of `attention [heads, n, n]`.
+    pub fn new(kernel: &'a dyn Elementwise, attention: &'a [f32], heads: usize, n: usize) -> Result<Self> {
+        check(attention, heads, n)?;
+        Ok(Self { kernel, attention, heads, n })
     }
-    if tolerance.is_nan() || tolerance < 0.0 {
-        return Err(Error::argument("tolerance", "a number that is not negative", tolerance));
+}
+
+impl Votes for Matrices<'_> {
+    fn heads(&self) -> usize {
+        self.heads
     }
+
+    fn tokens(&self) -> usize {
+        self.n
+    }
+
+    fn pass(&self, pool: &Pool, scores: &[f32], heads: &[usize], next: &mut [f32]) {
+        let n = self.n;
+        pool.split_rows(next, n, &|first, part| {
+            for (head, next) in (first..).zip(part.chunks_exact_mut(n)) {
+                if heads.binary_search(&head).is_ok() {
+                    next.fill(0.0);
+                    let graph = &self.attention[head * n * n..][..n * n];
+                    self.kernel.add_rows(next, graph, &scores[head * n..][..n]);
+                }
+            }
+        });
+    }
+}
+
+/// Graphs as attention leaves them.
+#[derive(Clone, Copy)]
+pub struct Recorded<'a> {
+    /// The kernel that adds them up.
+    pub kernel: &'a dyn Attention,
+    /// The graphs.
+    pub graph: &'a Graph,
+}
+
+impl Votes for Recorded<'_> {
+    fn heads(&self) -> usize {
+        self.graph.heads()
+    }
+
+    fn tokens(&self) -> usize {
+        self.graph.len()
+    }
+
+    fn pass(&self, pool: &Pool, scores: &[f32], heads: &[usize], next: &mut [f32]) {
+        self.graph.pass(pool, self.kernel, scores, heads, next);
+    }
+}
+
+/// Scores the tokens of `votes`, from the settings' start.
+pub fn pagerank(pool: &Pool, votes: &dyn Votes, settings: &PageRank) -> Result<Ranks> {
+    let (heads, n) = (votes.heads(), votes.tokens());
     let mut first = vec![1.0; n];
-    if let Start::Emphasised { token, factor } = start {
+    if let Start::Emphasised { token, factor } = settings.start {
         if token >= n {
             return Err(Error::argument("start token", format!("one below {n}"), token));
         }
@@ -101,58 +167,119 @@ pub fn pagerank(
         }
         first[token] = factor;
     }
-    normalise(kernel, &mut first);
-    let mut ranks = Ranks { scores: vec![0.0; heads * n], iterations: vec![0; heads] };
+    settle(pool, votes, settings, first.repeat(heads), &[])
+}
+
+/// Scores tokens from the given scores on, `[heads, n]`. Tokens that are `gone` have score 0 and get none: what others give
+/// them is lost, and the sum of the others' scores is brought back to 1.
+pub fn settle(
+    pool: &Pool,
+    votes: &dyn Votes,
+    settings: &PageRank,
+    scores: Vec<f32>,
+    gone: &[usize],
+) -> Result<Ranks> {
+    let (heads, n) = (votes.heads(), votes.tokens());
+    let PageRank { iterations, tolerance, damping, .. } = *settings;
+    if !(0.0..=1.0).contains(&damping) {
+        return Err(Error::argument("damping", "a share from 0 to 1", damping));
+    }
+    if tolerance.is_nan() || tolerance < 0.0 {
+        return Err(Error::argument("tolerance", "a number that is not negative", tolerance));
+    }
+    if heads.checked_mul(n) != Some(scores.len()) {
+        return Err(Error::argument("scores", format!("{heads} x {n}"), scores.len()));
+    }
+    if let Some(token) = gone.iter().find(|token| **token >= n) {
+        return Err(Error::argument("gone tokens", format!("tokens below {n}"), token));
+    }
+    let mut ranks = Ranks { scores, iterations: vec![0; heads] };
     if ranks.scores.is_empty() {
         return Ok(ranks);
     }
-    let taken = Mutex::new(&mut ranks.iterations);
-    pool.split_rows(&mut ranks.scores, n, &|from, part| {
-        let mut next = vec![0.0; n];
-        for (head, scores) in (from..).zip(part.chunks_exact_mut(n)) {
-            scores.copy_from_slice(&first);
-            let graph = &attention[head * square..][..square];
-            let steps = iterate(kernel, graph, scores, &mut next, settings);
-            taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[head] = steps;
+    for scores in ranks.scores.chunks_exact_mut(n) {
+        for &token in gone {
+            scores[token] = 0.0;
         }
-    });
+        let factor = one(sum(scores));
+        for score in scores {
+            *score *= factor;
+        }
+    }
+    let mut next = vec![0.0; heads * n];
+    let mut active: Vec<usize> = (0..heads).collect();
+    let jump = (1.0 - damping) / (n - gone.len()) as f32;
+    for step in 1..=iterations {
+        votes.pass(pool, &ranks.scores, &active, &mut next);
+        for next in next.chunks_exact_mut(n) {
+            for &token in gone {
+                next[token] = 0.0;
+            }
+        }
+        let changes: Mutex<Vec<f32>> = Mutex::new(vec![0.0; heads]);
+        pool.split_rows(&mut ranks.scores, n, &|first, part| {
+            for (head, scores) in (first..).zip(part.chunks_exact_mut(n)) {
+                if active.binary_search(&head).is_err() {
+                    continue;
+                }
+                let next = &next[head * n..][..n];
+                let change = update(scores, next, gone, damping, jump);
+                changes.lock().unwrap_or_else(PoisonError::into_inner)[head] = change;
+            }
+        });
+        let changes = changes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for &head in &active {
+            ranks.iterations[head] = step;
+        }
+        active.retain(|&head| changes[head].partial_cmp(&tolerance) != Some(Ordering::Less));
+        if active.is_empty() {
+            break;
+        }
+    }
     Ok(ranks)
 }
 
-/// Steps of one head; returns how many.
-fn iterate(
-    kernel: &dyn Elementwise,
-    graph: &[f32],
-    scores: &mut [f32],
-    next: &mut [f32],
-    settings: &PageRank,
-) -> usize {
-    let n = scores.len();
-    for step in 0..settings.iterations {
-        next.fill(0.0);
-        kernel.add_rows(next, graph, scores);
-        normalise(kernel, next);
-        if settings.damping < 1.0 {
-            let jump = (1.0 - settings.damping) / n as f32;
-            for score in next.iter_mut() {
-                *score = settings.damping * *score + jump;
-            }
-        }
-        let change: f32 = scores.iter().zip(&*next).map(|(old, new)| (old - new).abs()).sum();
-        scores.copy_from_slice(next);
-        if change < settings.tolerance {
-            return step + 1;
+/// Takes over the votes of one head, 0 for those gone; returns how much scores change in all.
+fn update(scores: &mut [f32], next: &[f32], gone: &[usize], damping: f32, jump: f32) -> f32 {
+    let factor = damping * one(sum(next));
+    // In lanes: a single chain of additions would take as long as the votes.
+    let mut changes = [0.0; LANES];
+    let mut take = |lane: usize, score: &mut f32, vote: f32| {
+        let new = vote * factor + jump;
+        changes[lane] += (*score - new).abs();
+        *score = new;
+    };
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    let (votes, last) = next.as_chunks::<LANES>();
+    for (scores, votes) in chunks.iter_mut().zip(votes) {
+        for lane in 0..LANES {
+            take(lane, &mut scores[lane], votes[lane]);
         }
     }
-    settings.iterations
+    for (score, vote) in rest.iter_mut().zip(last) {
+        take(0, score, *vote);
+    }
+    for &token in gone {
+        scores[token] = 0.0;
+    }
+    changes.iter().sum::<f32>() - jump * gone.len() as f32
 }
 
-/// Gives scores the sum 1, if they have a sum.
-fn normalise(kernel: &dyn Elementwise, scores: &mut [f32]) {
-    let sum: f32 = scores.iter().sum();
-    if sum > 0.0 && sum.is_finite() {
-        kernel.scale(scores, 1.0 / sum);
+/// The sum, in lanes and in double precision: what a step leaves undone else shows in the change of the next one.
+fn sum(scores: &[f32]) -> f64 {
+    let (chunks, rest) = scores.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for chunk in chunks {
+        for (sum, &score) in sums.iter_mut().zip(chunk) {
+            *sum += f64::from(score);
+        }
     }
+    sums.iter().sum::<f64>() + rest.iter().map(|&score| f64::from(score)).sum::<f64>()
+}
+
+/// What gives scores of that sum the sum 1, if there is one.
+fn one(sum: f64) -> f32 {
+    if sum > 0.0 && sum.is_finite() { (1.0 / sum) as f32 } else { 1.0 }
 }
 
 #[cfg(test)]
@@ -162,7 +289,8 @@ mod tests {
 
     fn ranks(attention: &[f32], heads: usize, n: usize, settings: &PageRank) -> Ranks {
         let pool = Pool::new(2).expect("threads");
-        pagerank(&pool, Kernels::best().elementwise, attention, heads, n, settings).expect("good")
+        let votes = Matrices::new(Kernels::best().elementwise, attention, heads, n).expect("good");
+        pagerank(&pool, &votes, settings).expect("good")
     }
 
     #[test]
@@ -193,7 +321,8 @@ mod tests {
         let pool = Pool::new(1).expect("one");
         let kernel = Kernels::best().elementwise;
         let good = PageRank::default();
-        let refused = |settings| pagerank(&pool, kernel, &[0.5; 4], 1, 2, &settings).is_err();
+        let votes = Matrices::new(kernel, &[0.5; 4], 1, 2).expect("good");
+        let refused = |settings| pagerank(&pool, &votes, &settings).is_err();
         assert!(
             refused(PageRank { damping: 1.5, ..good }) && refused(PageRank { damping: f32::NAN, ..good })
         );

@@ -2,6 +2,8 @@
 //!
 //! No matrix of all cosines is held for a matching: some rows of it at a time, and of each only its best.
 
+use std::cmp::Ordering;
+
 use crate::error::{Error, Result};
 use crate::kernels::{Columns, Kernels, float_matmul};
 use crate::pack::Packed;
@@ -10,6 +12,9 @@ use crate::tokens::select::highest;
 
 /// Rows of cosines in memory at a time.
 const ROWS: usize = 128;
+
+/// Numbers side by side, for the compiler to take together.
+const LANES: usize = 16;
 
 /// For each of some tokens the one of others that is most like it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -37,7 +42,15 @@ pub fn normalised(pool: &Pool, kernels: &Kernels, features: &[f32], dim: usize) 
     let mut rows = features.to_vec();
     pool.split_rows(&mut rows, dim, &|_, rows| {
         for row in rows.chunks_exact_mut(dim) {
-            let square: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            let (chunks, rest) = row.as_chunks::<LANES>();
+            let mut squares = [0.0; LANES];
+            for chunk in chunks {
+                for (sum, &x) in squares.iter_mut().zip(chunk) {
+                    *sum += f64::from(x) * f64::from(x);
+                }
+            }
+            let rest = rest.iter().map(|&x| f64::from(x) * f64::from(x));
+            let square: f64 = squares.into_iter().chain(rest).sum();
             if square > 0.0 {
                 kernels.elementwise.scale(row, (1.0 / square.sqrt()) as f32);
             }
@@ -77,18 +90,31 @@ pub fn matches(pool: &Pool, kernels: &Kernels, a: &[f32], b: &[f32], dim: usize)
         let rows = part.len() / dim;
         let line = &mut line[..rows * cols];
         float_matmul(pool, kernels.f32, &packed, part, Columns::new(line, rows, cols, 0, cols))?;
-        for cosines in line.chunks_exact(cols) {
-            let (mut best, mut top) = (0, f32::NEG_INFINITY);
-            for (i, &cosine) in cosines.iter().enumerate() {
-                if cosine > top {
-                    (best, top) = (i, cosine);
-                }
+        let mut tops = vec![(0, 0.0); rows];
+        pool.split_rows(&mut tops, 1, &|first, tops| {
+            for (top, cosines) in tops.iter_mut().zip(line[first * cols..].chunks_exact(cols)) {
+                *top = largest(cosines);
             }
-            found.best.push(best);
-            found.cosine.push(top);
-        }
+        });
+        found.best.extend(tops.iter().map(|top| top.0));
+        found.cosine.extend(tops.iter().map(|top| top.1));
     }
     Ok(found)
+}
+
+/// The place of the largest number and the number; the first of equal ones, and place 0 where none is a number.
+fn largest(numbers: &[f32]) -> (usize, f32) {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = numbers.as_chunks::<LANES>();
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (top, &number) in tops.iter_mut().zip(chunk) {
+            *top = larger(*top, number);
+        }
+    }
+    let top = tops.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger);
+    let place = numbers.iter().position(|number| number.partial_cmp(&top) == Some(Ordering::Equal));
+    (place.unwrap_or(0), top)
 }
 
 /// `ToMe`'s bipartite matching (arXiv 2210.09461): tokens in even places are paired with the most similar one in an odd place,

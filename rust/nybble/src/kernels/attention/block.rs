@@ -5,8 +5,10 @@ use std::ops::Range;
 use half::f16;
 
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
-use super::softmax::{Cap, Merge, Running, Scale, Scores, Slope, Times, Weigh};
-use super::{Attention, Call, KEYS, KvType, Memory, SPAN, Statistic, TASK_ROWS, Task, statistics};
+use super::softmax::{Bias, Cap, Merge, Running, Scale, Scores, Slope, Times, Weigh};
+use super::{
+    Attention, Call, Given, KEYS, KvType, Memory, Record, SPAN, Statistic, TASK_ROWS, Task, graph, statistics,
+};
 use crate::cpu::Isa;
 use crate::kernels::Columns;
 
@@ -74,6 +76,22 @@ impl<T: Tier> Attention for T {
         };
         run(*self, call, kv_head, queries, statistic, sums, memory);
     }
+
+    unsafe fn encode(&self, record: &Record<'_>, head: usize, block: usize, query: usize, weights: &Scores) {
+        // SAFETY: promised by the caller.
+        unsafe { record.encode(*self, (head, block, query), weights) }
+    }
+
+    fn votes(
+        &self,
+        weights: Given<'_>,
+        factors: &[f32],
+        scores: &[f32],
+        coefficients: &mut [f32],
+        out: &mut Scores,
+    ) {
+        graph::votes(*self, weights, factors, scores, coefficients, out);
+    }
 }
 
 /// # Safety
@@ -119,7 +137,7 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
                     Some(branches) if start + KEYS > call.past => {
                         job.branched_block(branches, start, part.start, node_scores, rows);
                     }
-                    _ => job.block(start, rows),
+                    _ => job.block(start, part.start, rows),
                 }
             }
         }
@@ -142,6 +160,9 @@ unsafe fn run<T: Tier, E: Element>(tier: T, call: &Call<'_>, task: &Task, memory
         return; // `merge` writes the output
     }
 
+    if let Some(record) = &call.record {
+        job.factors(record, &total_running[..rows]);
+    }
     for row in 0..rows {
         let (query, head) = job.place(row);
         // SAFETY: this query and head are this task's own.
@@ -289,16 +310,29 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
         if self.call.shape.alibi.is_some() {
             self.tier.run(Slope(scores, slope, start));
         }
+        if let Some(bias) = self.call.shape.bias {
+            self.tier.run(Bias(&mut scores[from..to], &bias[start + from..start + to]));
+        }
         scores[..from].fill(f32::NEG_INFINITY);
         scores[to..].fill(f32::NEG_INFINITY);
     }
 
-    /// Takes the rows through the block of keys that begins at position `start`.
-    fn block(&self, start: usize, mut rows: Rows<'_>) {
+    /// Takes the rows, number `first` and the ones behind it, through the block of keys that begins at position `start`.
+    fn block(&self, start: usize, first: usize, mut rows: Rows<'_>) {
         if !self.weigh(start, &mut rows) {
             return;
         }
         let Rows { sums, scores, running, seen, .. } = rows;
+        if let Some(record) = &self.call.record {
+            for (i, running) in running.iter().enumerate() {
+                let (query, head) = self.place(first + i);
+                // SAFETY: this query and head are this task's own.
+                unsafe {
+                    record.encode(self.tier, (head, start / KEYS, query), &scores[i]);
+                    record.factors(head, start / KEYS, query, 1)[0] = running.max;
+                }
+            }
+        }
         for (i, running) in running.iter().enumerate() {
             // Exactly 1 as long as the largest score stays: then there is nothing to do.
             if seen[i].0 < seen[i].1 && running.fade.to_bits() != 1.0f32.to_bits() {
@@ -320,6 +354,23 @@ impl<'a, T: Tier, E: Element> Job<'a, T, E> {
                     let own = i * self.padded..(i + 1) * self.padded;
                     self.values(start, seen, &scores[i..=i], &mut sums[own]);
                 }
+            }
+        }
+    }
+
+    /// Makes factors of the largest scores that were left with each block, now that the softmax's own are known.
+    fn factors(&self, record: &Record<'_>, running: &[Running]) {
+        let Task { heads, queries, .. } = self.task;
+        let (mut max, mut sum) = ([0.0; TASK_ROWS], [0.0; TASK_ROWS]);
+        for (number, head) in heads.clone().enumerate() {
+            let own = running[number..].iter().step_by(heads.len());
+            for ((max, sum), own) in max.iter_mut().zip(&mut sum).zip(own) {
+                (*max, *sum) = (own.max, own.sum);
+            }
+            for block in 0..self.call.cache.len().div_ceil(KEYS) {
+                // SAFETY: these queries and this head are this task's own.
+                let factors = unsafe { record.factors(head, block, queries.start, queries.len()) };
+                self.tier.run(graph::Factors { of: factors, max: &max, sum: &sum });
             }
         }
     }

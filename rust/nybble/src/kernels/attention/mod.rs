@@ -21,6 +21,7 @@
 mod block;
 mod branches;
 mod cache;
+mod graph;
 mod log2;
 mod softmax;
 mod statistics;
@@ -31,6 +32,8 @@ use std::sync::{Mutex, PoisonError};
 
 pub use branches::Branches;
 pub use cache::{KvCache, KvType};
+pub(crate) use graph::Small;
+pub use graph::{Given, Graph, Record};
 pub use statistics::{Statistic, statistics};
 
 use super::Columns;
@@ -41,7 +44,7 @@ use crate::threads::Pool;
 use cache::Lines;
 
 /// Keys of a block.
-const KEYS: usize = 64;
+pub(crate) const KEYS: usize = 64;
 
 /// Positions of a span: short enough that a context worth splitting has several, long enough that a merge is nothing beside
 /// the span itself.
@@ -76,6 +79,8 @@ pub struct Shape<'a> {
     pub alibi: Option<&'a [f32]>,
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// A number for each key that is added to its scores, such as the logarithm of how many tokens it stands for.
+    pub bias: Option<&'a [f32]>,
     /// Softmax outputs become powers of two with 4-bit exponents, see `attention/log2.rs`.
     pub log2: bool,
 }
@@ -123,6 +128,29 @@ pub trait Attention: Sync {
         sums: &mut [f32],
         memory: &mut Memory,
     );
+
+    /// Writes what one query gives to one block of keys, relative to its factor, see [`Graph`].
+    ///
+    /// # Safety
+    /// No other thread may access these weights of the record during the call.
+    unsafe fn encode(
+        &self,
+        record: &Record<'_>,
+        head: usize,
+        block: usize,
+        query: usize,
+        weights: &[f32; KEYS],
+    );
+
+    /// Adds up what all queries give to one block of keys: `out[j] = sum over i of scores[i] * factors[i] * weights[i][j]`.
+    fn votes(
+        &self,
+        weights: Given<'_>,
+        factors: &[f32],
+        scores: &[f32],
+        coefficients: &mut [f32],
+        out: &mut [f32; KEYS],
+    );
 }
 
 /// The checked arguments of one call of [`attend`].
@@ -140,6 +168,8 @@ pub struct Call<'a> {
     spans: Range<usize>,
     /// Where tasks leave their spans, `[n, heads, spans, partial]`; none if each goes through all spans itself.
     partials: Option<Columns<'a>>,
+    /// Where weights are left as a graph.
+    record: Option<Record<'a>>,
     out: Columns<'a>,
 }
 
@@ -237,7 +267,7 @@ pub fn attend(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
-    compute(pool, kernel, shape, cache, q, q_stride, n, None, out, scratch)
+    compute(pool, kernel, shape, cache, q, q_stride, n, None, None, out, scratch)
 }
 
 /// Attention of the last entries of `cache`, which are the nodes of a tree: each sees what stood before them and the nodes on
@@ -262,10 +292,37 @@ pub fn attend_tree(
         let detail = "its values are rounded in blocks of neighbours in the cache";
         return Err(Error::unsupported("a tree of drafts with softmax \"log2\"", detail));
     }
-    compute(pool, kernel, shape, cache, q, q_stride, branches.len(), Some(branches), out, scratch)
+    compute(pool, kernel, shape, cache, q, q_stride, branches.len(), Some(branches), None, out, scratch)
 }
 
-#[expect(clippy::too_many_arguments, reason = "those of `attend` and the tree")]
+/// [`attend`] for all positions of a cache, leaving the probabilities in `graph`; all queries see all keys.
+#[expect(clippy::too_many_arguments, reason = "those of `attend` and the graph")]
+pub fn attend_graph(
+    pool: &Pool,
+    kernel: &dyn Attention,
+    shape: &Shape<'_>,
+    cache: &KvCache,
+    q: &[f32],
+    q_stride: usize,
+    out: &mut [f32],
+    graph: &mut Graph,
+    scratch: &mut Scratch,
+) -> Result<()> {
+    if shape.causal {
+        return Err(Error::argument("an attention graph", "queries that see all keys", "causal attention"));
+    }
+    graph.resize(shape.heads, cache.len())?;
+    // Probabilities rounded to powers of two are not left: the graph is the exact softmax's.
+    let exact = Shape { log2: false, ..*shape };
+    let record = Some(graph.record());
+    compute(pool, kernel, &exact, cache, q, q_stride, cache.len(), None, record, out, scratch)?;
+    if shape.log2 {
+        return attend(pool, kernel, shape, cache, q, q_stride, cache.len(), out, scratch);
+    }
+    Ok(())
+}
+
+#[expect(clippy::too_many_arguments, reason = "those of `attend`, the tree and the graph")]
 fn compute(
     pool: &Pool,
     kernel: &dyn Attention,
@@ -275,6 +332,7 @@ fn compute(
     q_stride: usize,
     n: usize,
     branches: Option<&Branches>,
+    record: Option<Record<'_>>,
     out: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
@@ -290,8 +348,13 @@ fn compute(
     let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
     let positions = past + branches.map_or(n, Branches::positions);
     let spans = first / SPAN..positions.div_ceil(SPAN);
-    let Cut { heads, queries, spans: span_pieces } =
-        cut(pool.threads(), shape.kv_heads, group, n, if shape.log2 { 1 } else { spans.len() });
+    let Cut { heads, queries, spans: span_pieces } = cut(
+        pool.threads(),
+        shape.kv_heads,
+        group,
+        n,
+        if shape.log2 || record.is_some() { 1 } else { spans.len() },
+    );
     let pieces = group.div_ceil(heads);
     let blocks = n.div_ceil(queries);
     let parts = shape.kv_heads * pieces * span_pieces;
@@ -313,6 +376,7 @@ fn compute(
         branches,
         partials: (span_pieces > 1)
             .then(|| Columns::new(partials.elements_mut(), rows * spans.len(), partial, 0, partial)),
+        record,
         spans: spans.clone(),
         out: Columns::new(out, n, width, 0, width),
     };
@@ -428,6 +492,11 @@ fn check(shape: &Shape<'_>, cache: &KvCache, q: &[f32], q_stride: usize, n: usiz
         && alibi.len() != heads
     {
         return wrong("ALiBi slopes", format!("{heads} slopes"), alibi.len().to_string());
+    }
+    if let Some(bias) = shape.bias
+        && bias.len() != cache.len()
+    {
+        return wrong("bias of keys", format!("{} numbers", cache.len()), bias.len().to_string());
     }
     if !shape.causal && shape.window.is_some() {
         return wrong("window", "causal attention".into(), "queries that see all keys".into());

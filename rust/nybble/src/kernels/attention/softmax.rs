@@ -92,6 +92,22 @@ impl Work for Slope<'_> {
     }
 }
 
+/// `x += bias`.
+pub(super) struct Bias<'a>(pub(super) &'a mut [f32], pub(super) &'a [f32]);
+
+impl Work for Bias<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self(x, bias) = self;
+        let bias = &bias[..x.len()];
+        for i in 0..x.len() {
+            x[i] += bias[i];
+        }
+    }
+}
+
 /// `x *= factor`.
 pub(super) struct Scale<'a>(pub(super) &'a mut [f32], pub(super) f32);
 

@@ -4,7 +4,7 @@
 //! ([`Statistic::Given`]), or how much each key gets of all queries together ([`Statistic::Received`]; of a single query it
 //! is that query's row of the attention matrix, such as the one of a class token). Both are sums over heads.
 //!
-//! Methods that take attention as a graph want every probability ([`Statistic::Each`]); that is a matrix a head.
+//! Methods that take attention as a graph want every probability: that is [`super::Graph`].
 //!
 //! A probability needs the softmax's final maximum and sum, so the keys are gone through twice, in the blocks of
 //! [`super::attend`] and with its arithmetic; the second time only through the blocks that are asked for. The work is cut into
@@ -41,14 +41,11 @@ pub enum Statistic {
     },
     /// For each key of the cache the probability it gets, summed over heads and the `n` queries.
     Received,
-    /// Every probability, `[heads, n, cache.len()]`.
-    Each,
 }
 
 /// Replaces `out` with sums of the probabilities with which the last `n` positions of `cache`, whose queries are `q`, attend:
-/// `n` or `cache.len()` of them, or with
-/// [`Statistic::Each`] the probabilities themselves. The other arguments are those of [`super::attend`]. A query whose scores are not finite
-/// gives NaN.
+/// `n` or `cache.len()` of them.
+/// The other arguments are those of [`super::attend`]. A query whose scores are not finite gives NaN.
 #[expect(clippy::too_many_arguments, reason = "those of `attend` and what is asked for")]
 pub fn statistics(
     pool: &Pool,
@@ -63,14 +60,12 @@ pub fn statistics(
     scratch: &mut Scratch,
 ) -> Result<()> {
     check(shape, cache, q, q_stride, n)?;
-    let group = shape.largest_group();
     let (width, len) = match statistic {
         Statistic::Given { key } if key >= cache.len() => {
             return Err(Error::argument("key", format!("a position below {}", cache.len()), key));
         }
         Statistic::Given { .. } => (PIECE, n),
         Statistic::Received => (cache.len(), cache.len()),
-        Statistic::Each => (group * PIECE * cache.len(), shape.heads * n * cache.len()),
     };
     out.clear();
     out.resize(len, 0.0);
@@ -93,6 +88,7 @@ pub fn statistics(
         branches: None,
         spans: first / SPAN..cache.len().div_ceil(SPAN),
         partials: None,
+        record: None,
         out: Columns::new(&mut partials.elements_mut()[..tasks * width], tasks, width, 0, width),
     };
     work_off(pool, workers, threads, tasks, &|index, memory| {
@@ -107,14 +103,6 @@ pub fn statistics(
         let first = match statistic {
             Statistic::Given { .. } => index / parts * PIECE,
             Statistic::Received => 0,
-            Statistic::Each => {
-                let (query, heads) = (index / parts * PIECE, shape.group(index % parts));
-                let rows = PIECE.min(n - query) * cache.len();
-                for (head, sums) in heads.zip(sums.chunks_exact(PIECE * cache.len())) {
-                    out[(head * n + query) * cache.len()..][..rows].copy_from_slice(&sums[..rows]);
-                }
-                continue;
-            }
         };
         out[first..].iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
     }
@@ -165,7 +153,7 @@ fn add<T: Tier, E: Element>(
     let all = seen.start / KEYS * KEYS..seen.end;
     let wanted = match statistic {
         Statistic::Given { key } => key / KEYS * KEYS..key + 1,
-        Statistic::Received | Statistic::Each => all.clone(),
+        Statistic::Received => all.clone(),
     };
     for (blocks, final_sums) in [(all, false), (wanted, true)] {
         for start in blocks.step_by(KEYS) {
@@ -199,16 +187,6 @@ fn add<T: Tier, E: Element>(
                         }
                         Statistic::Received if from < to => {
                             let sums = &mut sums[start + from..start + to];
-                            job.tier.run(Add { sums, weights: &scores[i][from..to], inverse });
-                        }
-                        Statistic::Each if from < to => {
-                            let (query, head) = job.place(row);
-                            let (query, head) = (
-                                offset + query - job.task.queries.start,
-                                head - job.call.shape.group(job.task.kv_head).start,
-                            );
-                            let line = (head * PIECE + query) * job.call.cache.len() + start;
-                            let sums = &mut sums[line + from..line + to];
                             job.tier.run(Add { sums, weights: &scores[i][from..to], inverse });
                         }
                         _ => {}

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::super::attention::Small;
 use super::codes::{self, CodeLanes};
 use super::lanes::{self, Element, Lanes, Panel, Tier, Work, by_rows};
 use crate::cpu::{Avx2, Isa};
@@ -77,6 +78,19 @@ impl Lanes for Pair {
             Self(
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))),
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast()))),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_small(from: *const Small) -> Self {
+        // SAFETY: the caller has AVX2; 16 bytes are readable there.
+        unsafe {
+            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
+            Self(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<20>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<20>(high)),
             )
         }
     }

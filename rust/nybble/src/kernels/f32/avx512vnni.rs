@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::super::attention::Small;
 use super::codes::{self, CodeLanes};
 use super::lanes::{self, Element, Lanes, Panel, Tier, Work, by_rows};
 use crate::cpu::{Avx512Vnni, Isa};
@@ -51,6 +52,15 @@ impl Lanes for One {
     unsafe fn load_i8(from: *const i8) -> Self {
         // SAFETY: the caller has AVX-512; 16 bytes are readable there.
         unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_small(from: *const Small) -> Self {
+        // SAFETY: the caller has AVX-512; 16 bytes are readable there.
+        unsafe {
+            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<20>(codes)))
+        }
     }
 
     #[inline(always)]

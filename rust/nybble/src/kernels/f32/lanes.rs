@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::super::attention::Small;
 use crate::cpu::Isa;
 use crate::pack::Packed;
 
@@ -41,6 +42,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bf16(from: *const bf16, spare: bool) -> Self;
     /// Reads 16 signed bytes as numbers.
     unsafe fn load_i8(from: *const i8) -> Self;
+    /// Reads 16 bytes that are floats cut short.
+    unsafe fn load_small(from: *const Small) -> Self;
     /// Writes 16 floats.
     unsafe fn store(self, to: *mut f32);
     /// `self + x * w`, rounded once.

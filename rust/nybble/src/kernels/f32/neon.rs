@@ -84,6 +84,17 @@ impl Lanes for Quad {
     }
 
     #[inline(always)]
+    unsafe fn load_small(from: *const Small) -> Self {
+        // SAFETY: the caller has NEON; 16 bytes are readable there.
+        unsafe {
+            let bytes = vld1q_u8(from.cast());
+            let (low, high) = (vmovl_u8(vget_low_u8(bytes)), vmovl_u8(vget_high_u8(bytes)));
+            let quarters = [vget_low_u16(low), vget_high_u16(low), vget_low_u16(high), vget_high_u16(high)];
+            Self(four!(I => vreinterpretq_f32_u32(vshlq_n_u32::<20>(vmovl_u16(quarters[I])))))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller has NEON; 16 floats are writable there.
         unsafe {

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::super::attention::Small;
 use super::lanes::{self, Element, LANES, Lanes, Panel, Tier, Work, by_rows};
 use crate::cpu::Isa;
 use crate::pack::Packed;
@@ -49,6 +50,12 @@ impl Lanes for Array {
     unsafe fn load_i8(from: *const i8) -> Self {
         // SAFETY: 16 bytes are readable there.
         Self(unsafe { from.cast::<[i8; LANES]>().read() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_small(from: *const Small) -> Self {
+        // SAFETY: 16 bytes are readable there.
+        Self(unsafe { from.cast::<[u8; LANES]>().read() }.map(|code| f32::from_bits(u32::from(code) << 20)))
     }
 
     #[inline(always)]

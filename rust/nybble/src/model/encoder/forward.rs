@@ -35,10 +35,16 @@ pub struct Encoding {
     /// Which patches the tokens behind the learned ones are, `[images, tokens - learned]`; [`MERGED`] for one that several
     /// became. Empty where no policy was given.
     pub places: Vec<u32>,
+    /// For each patch the token that holds it, counted behind the learned ones, `[images, patches]`; [`GONE`] for one that left.
+    /// Empty where no policy was given.
+    pub owners: Vec<u32>,
 }
 
 /// Stands in [`Encoding::places`] for a token that is no single patch's.
 pub const MERGED: u32 = u32::MAX;
+
+/// Stands in [`Encoding::owners`] for a patch that left.
+pub const GONE: u32 = u32::MAX;
 
 /// Buffers of the forward pass.
 #[derive(Debug, Default)]
@@ -116,8 +122,10 @@ fn chunk(
             .get_or_insert_with(|| KvCache::new(attention.kv_heads, attention.head_dim, model.kv));
 
         project(run, attention_block, attention, None, &|row| row, None, n, s)?;
-        let wanted = reduction.as_mut().and_then(|reduction| reduction.begin(index, n));
-        attend(run, attention, cache, images, wanted, s)?;
+        if let Some(reduction) = &mut reduction {
+            reduction.begin(index, n);
+        }
+        attend(run, attention, cache, images, reduction.as_mut(), s)?;
         attention.out.forward_source(run, &mut Source::Given(&s.att), n, &[], &mut s.rounded, &mut s.h)?;
         leave(run, attention_block, s);
         reduce(reduction.as_mut(), false, &mut n, spec.hidden, s);
@@ -133,6 +141,7 @@ fn chunk(
     out.tokens.extend_from_slice(&s.x);
     if let Some(reduction) = &reduction {
         out.places.extend_from_slice(&reduction.places);
+        out.owners.extend_from_slice(&reduction.owners);
     }
     classify(run, spec, weights, images, memory, &mut out.logits)?;
     pool(run, model, images, memory, &mut out.embedding)
@@ -204,14 +213,14 @@ fn reduce(
     }
 }
 
-/// `att = softmax(scale * q kᵀ) v` of every image by itself; where tokens are to be chosen, each image's before the next
-/// one's keys replace its own.
+/// `att = softmax(scale * q kᵀ) v` of every image by itself; where tokens are reduced, each image's plan is made before the
+/// next one's keys replace its own.
 fn attend(
     run: Run<'_>,
     attention: &Attention,
     cache: &mut KvCache,
     images: usize,
-    mut wanted: Option<&mut Reduction<'_>>,
+    mut reduction: Option<&mut Reduction<'_>>,
     s: &mut Scratch,
 ) -> Result<()> {
     let q = attention.heads * attention.head_dim;
@@ -220,23 +229,23 @@ fn attend(
     let n = s.qkv.len() / width / images;
     let shape = decoder::shape(run, attention);
     fit(&mut s.att, images * n * q);
-    for (qkv, out) in s.qkv.chunks_exact(n * width).zip(s.att.chunks_exact_mut(n * q)) {
+    let (pool, kernel, scratch) = (run.pool, run.kernels.attention, &mut s.attention);
+    let images = s.qkv.chunks_exact(n * width).zip(s.att.chunks_exact_mut(n * q));
+    for (image, (qkv, out)) in images.enumerate() {
         cache.truncate(0);
-        cache.append(run.pool, &qkv[q..], &qkv[q + k..], n, width)?;
-        attention::attend(
-            run.pool,
-            run.kernels.attention,
-            &shape,
-            cache,
-            qkv,
-            width,
-            n,
-            out,
-            &mut s.attention,
-        )?;
-        if let Some(reduction) = &mut wanted {
-            reduction.choose(run, &shape, cache, qkv, &mut s.attention)?;
+        cache.append(pool, &qkv[q..], &qkv[q + k..], n, width)?;
+        let Some(reduction) = &mut reduction else {
+            attention::attend(pool, kernel, &shape, cache, qkv, width, n, out, scratch)?;
+            continue;
+        };
+        let bias = reduction.bias(image, n).map(<[f32]>::to_vec);
+        let shape = attention::Shape { bias: bias.as_deref(), ..shape };
+        if let Some(graph) = reduction.graph() {
+            attention::attend_graph(pool, kernel, &shape, cache, qkv, width, out, graph, scratch)?;
+        } else {
+            attention::attend(pool, kernel, &shape, cache, qkv, width, n, out, scratch)?;
         }
+        reduction.decide(run, &shape, cache, qkv, scratch)?;
     }
     Ok(())
 }
@@ -346,6 +355,7 @@ fn attention_pool(
         window: None,
         alibi: None,
         softcap: None,
+        bias: None,
         log2: false,
     };
     fit(&mut s.att, images * hidden);

@@ -26,7 +26,7 @@ use crate::kernels::attention::KvType;
 use crate::threads::Pool;
 use crate::tokens::PatchPolicy;
 
-pub use forward::{Encoding, MERGED};
+pub use forward::{Encoding, GONE, MERGED};
 pub use spec::EncoderSpec;
 
 /// An open image encoder.

@@ -1,12 +1,12 @@
 //! Token reduction at work in an encoder: what is measured, who stays, and the rows that are left.
 
-use super::forward::MERGED;
+use super::forward::{GONE, MERGED};
 use super::spec::EncoderSpec;
 use crate::error::Result;
-use crate::kernels::attention::{self, KvCache, Scratch, Shape, Statistic};
+use crate::kernels::attention::{self, Graph, KvCache, Scratch, Shape, Statistic};
 use crate::model::linear::Run;
 use crate::tokens::PatchPolicy;
-use crate::tokens::patches::{Choice, Evidence, Wants};
+use crate::tokens::patches::{Budget, Evidence, Plan, Wants};
 
 /// The reduction of some images that are computed together.
 #[derive(Debug)]
@@ -19,11 +19,18 @@ pub(super) struct Reduction<'a> {
     before: usize,
     /// Which patches are left, `[images, patches]`.
     pub(super) places: Vec<u32>,
+    /// For each patch of the images the token that holds it, counted behind the learned ones, or [`GONE`].
+    pub(super) owners: Vec<u32>,
+    /// How many patches each token stands for, `[images, tokens]`; empty if the method does not merge.
+    sizes: Vec<f32>,
+    /// Their logarithms, where keys count as often as that.
+    bias: Vec<f32>,
     /// The layer that chooses, and how many patches stay.
-    now: (usize, usize),
-    /// What was chosen there, image by image; empty where nothing leaves.
-    choices: Vec<Choice>,
+    now: Option<(usize, Budget)>,
+    /// What was decided there, image by image; empty where nothing leaves.
+    plans: Vec<Plan>,
     measured: Vec<f32>,
+    graph: Graph,
 }
 
 impl<'a> Reduction<'a> {
@@ -43,22 +50,38 @@ impl<'a> Reduction<'a> {
             images,
             before,
             places: (0..images).flat_map(|_| 0..patches as u32).collect(),
-            now: (0, 0),
-            choices: Vec::new(),
+            owners: (0..images).flat_map(|_| 0..patches as u32).collect(),
+            sizes: if policy.method.merges() { vec![1.0; images * (learned + patches)] } else { Vec::new() },
+            bias: Vec::new(),
+            now: None,
+            plans: Vec::new(),
             measured: Vec::new(),
+            graph: Graph::default(),
         }
     }
 
-    /// Begins a layer that `n` tokens reach; none where all of them stay.
-    pub(super) fn begin(&mut self, layer: usize, n: usize) -> Option<&mut Self> {
+    /// Begins a layer that `n` tokens reach.
+    pub(super) fn begin(&mut self, layer: usize, n: usize) {
         let patches = n / self.images - self.learned;
-        let kept = self.policy.kept(layer, patches).filter(|kept| *kept < patches)?;
-        self.now = (layer, kept);
-        Some(self)
+        self.now = self.policy.budget(layer, patches).map(|budget| (layer, budget));
+        self.bias.clear();
+        if self.policy.method.proportional() {
+            self.bias.extend(self.sizes.iter().map(|size| size.ln()));
+        }
     }
 
-    /// Chooses among the next image's tokens, whose keys are in `cache`.
-    pub(super) fn choose(
+    /// What is added to the scores of one image's `n` keys.
+    pub(super) fn bias(&self, image: usize, n: usize) -> Option<&[f32]> {
+        (!self.bias.is_empty()).then(|| &self.bias[image * n..][..n])
+    }
+
+    /// Where attention is to leave its graph, if this layer wants it.
+    pub(super) fn graph(&mut self) -> Option<&mut Graph> {
+        (self.now.is_some() && self.policy.method.wants() == Wants::Graph).then_some(&mut self.graph)
+    }
+
+    /// Decides about the next image's tokens, whose keys are in `cache`, if the layer is to decide.
+    pub(super) fn decide(
         &mut self,
         run: Run<'_>,
         shape: &Shape<'_>,
@@ -66,75 +89,78 @@ impl<'a> Reduction<'a> {
         qkv: &[f32],
         memory: &mut Scratch,
     ) -> Result<()> {
+        let Some((layer, budget)) = self.now else { return Ok(()) };
         let n = cache.len();
         let (q, k) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let width = q + 2 * k;
         let method = &self.policy.method;
         let wants = method.wants();
-        let ask = match wants {
-            Wants::Nothing => None,
-            Wants::Received => Some((n, Statistic::Received)),
-            // The first query alone: what it gives is what each token receives.
-            Wants::ClassRow => Some((1, Statistic::Received)),
-            Wants::Each => Some((n, Statistic::Each)),
-        };
-        if let Some((queries, statistic)) = ask {
+        // Of the first query alone: what it gives is what each token receives.
+        let queries = if wants == Wants::ClassRow { 1 } else { n };
+        let scored = matches!(wants, Wants::Received | Wants::ClassRow);
+        if scored {
             let (kernel, out) = (run.kernels.attention, &mut self.measured);
+            let received = Statistic::Received;
             attention::statistics(
-                run.pool, kernel, shape, cache, qkv, width, queries, statistic, out, memory,
+                run.pool, kernel, shape, cache, qkv, width, queries, received, out, memory,
             )?;
-            if statistic == Statistic::Received {
-                run.kernels.elementwise.scale(out, 1.0 / (shape.heads * queries) as f32);
-            }
+            run.kernels.elementwise.scale(out, 1.0 / (shape.heads * queries) as f32);
         }
-        let each = wants == Wants::Each;
         let mut keys = Vec::new();
-        if each {
+        if matches!(wants, Wants::Keys | Wants::Graph) {
             keys.extend(qkv.chunks_exact(width).flat_map(|row| &row[q..q + k]));
         }
-        let measured = &self.measured[..];
+        let image = self.plans.len();
         let evidence = Evidence {
-            layer: (self.now.0, self.depth),
-            image: self.before + self.choices.len(),
-            attention: if each { measured } else { &[] },
-            scores: if each { &[] } else { measured },
+            layer: (layer, self.depth),
+            image: self.before + image,
+            graph: (wants == Wants::Graph).then_some(&self.graph),
+            scores: if scored { &self.measured } else { &[] },
             keys: &keys,
-            heads: shape.heads,
+            sizes: if self.sizes.is_empty() { &[] } else { &self.sizes[image * n..][..n] },
+            heads: if wants == Wants::Graph { shape.heads } else { shape.kv_heads },
             learned: self.learned,
         };
-        self.choices.push(method.choose(run.pool, run.kernels, &evidence, n, self.now.1)?);
+        self.plans.push(method.plan(run.pool, run.kernels, &evidence, n, budget)?);
         Ok(())
     }
 
-    /// Whether chosen tokens leave at this place of a layer.
+    /// Whether tokens leave at this place of a layer.
     pub(super) fn leaves(&self, behind: bool) -> bool {
-        !self.choices.is_empty() && self.policy.method.behind_the_layer() == behind
+        !self.plans.is_empty() && self.policy.method.behind_the_layer() == behind
     }
 
-    /// Writes the rows of `x [n, hidden]` that stay to `out`; returns their number.
+    /// Writes the rows that become of `x [n, hidden]` to `out`; returns their number.
     pub(super) fn leave(&mut self, x: &[f32], hidden: usize, out: &mut Vec<f32>) -> usize {
         out.clear();
         let image = x.len() / self.images;
-        let patches = self.places.len() / self.images;
-        let mut places = Vec::new();
-        let images = x.chunks_exact(image).zip(self.places.chunks_exact(patches)).zip(&self.choices);
-        for ((x, held), choice) in images {
-            for &token in &choice.keep {
-                out.extend_from_slice(&x[token * hidden..][..hidden]);
-                places.extend(token.checked_sub(self.learned).map(|patch| held[patch]));
-            }
-            if let Some(parts) = &choice.fused {
-                let first = out.len();
-                out.resize(first + hidden, 0.0);
-                for &(token, weight) in parts {
-                    let row = &x[token * hidden..][..hidden];
-                    out[first..].iter_mut().zip(row).for_each(|(sum, x)| *sum += weight * x);
+        let (n, patches) = (image / hidden, self.places.len() / self.images);
+        let all = self.owners.len() / self.images;
+        let (mut places, mut sizes) = (Vec::new(), Vec::new());
+        for (index, plan) in self.plans.iter().enumerate() {
+            plan.apply(&x[index * image..][..image], hidden, out);
+            let held = &self.places[index * patches..][..patches];
+            let mut into = vec![GONE; n];
+            for (row, (own, parts)) in plan.rows().enumerate() {
+                for part in parts {
+                    into[part.0] = row as u32;
                 }
-                places.push(MERGED);
+                if !self.sizes.is_empty() {
+                    sizes.push(parts.iter().map(|part| self.sizes[index * n + part.0]).sum());
+                }
+                if row >= self.learned {
+                    places.push(own.map_or(MERGED, |token| held[token - self.learned]));
+                }
+            }
+            for owner in &mut self.owners[index * all..][..all] {
+                if *owner != GONE {
+                    let row = into[self.learned + *owner as usize];
+                    *owner = if row == GONE { GONE } else { row - self.learned as u32 };
+                }
             }
         }
-        self.places = places;
-        self.choices.clear();
+        (self.places, self.sizes) = (places, sizes);
+        self.plans.clear();
         out.len() / hidden
     }
 }

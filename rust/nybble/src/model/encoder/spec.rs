@@ -7,7 +7,6 @@
 
 use crate::model::spec::{Inventory, LayerSpec, LinearSpec, MlpSpec, NormSpec, TensorSpec};
 use crate::tokens::PatchPolicy;
-use crate::tokens::patches::Method;
 
 /// A whole encoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -170,11 +169,8 @@ impl EncoderSpec {
                 sum += n * (qkv + matrix(&attention.out)) + 2 * n * n * attention.q_width() as u64;
             }
             let mut behind = n;
-            if let Some(policy) = policy
-                && let Some(kept) = policy.kept(index, patches).filter(|kept| *kept < patches)
-            {
-                let fused = matches!(policy.method, Method::ClassRow { fuse: true });
-                patches = kept + usize::from(fused);
+            if let Some(policy) = policy {
+                patches = policy.left(index, patches);
                 if !policy.method.behind_the_layer() {
                     behind = (learned + patches) as u64;
                 }
