@@ -21,6 +21,7 @@ from nybble.cli import (
     index,
     inspect,
     methods,
+    prune,
     pull,
     run,
     vision,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command("demo")(verb(demo.demo))
 app.command("pull")(verb(pull.pull))
 app.command("compress")(verb(compress.compress))
+app.command("prune")(verb(prune.prune))
 app.command("run")(verb(run.run))
 app.command("chat")(verb(chat.chat))
 app.command("classify")(verb(vision.classify))
