@@ -164,10 +164,6 @@ class Structured(PruneMethod):
         """Whether anything looks at activations or gradients."""
         return bool(self.criterion.needs | self.allocator.needs | self.compensator.needs)
 
-    def normalise(self, group: Group, scores: Doubles) -> Doubles:
-        """Make scores of different groups comparable."""
-        return scores
-
     def select(self, groups: list[Group], depth: int) -> list[Group]:
         """Return the groups that may lose units, in a model with this many layers."""
         return groups
@@ -192,14 +188,14 @@ class Structured(PruneMethod):
         return share
 
     def scores(self, groups: Sequence[Group], evidence: Evidence) -> dict[str, Doubles]:
-        """Return normalised scores, and refuse those that are not numbers."""
+        """Return scores, and refuse those that are not numbers."""
         out = {}
         for group in groups:
-            values = self.normalise(group, self.criterion.score(group, evidence))
+            with np.errstate(invalid="ignore", over="ignore"):
+                values = self.criterion.score(group, evidence)
             if not np.isfinite(values).all():
-                message = (
-                    f"{group.name}: expected finite scores, found {values[~np.isfinite(values)][0]}"
-                )
+                found = values[~np.isfinite(values)][0]
+                message = f"{group.name}: expected finite scores, found {found}"
                 raise FormatError(message)
             out[group.name] = values
         return out
