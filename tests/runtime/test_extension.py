@@ -193,6 +193,7 @@ def test_the_plan(folder):
     assert parts["attention"] == {
         "heads": 4,
         "kv_heads": 2,
+        "groups": None,
         "head_dim": 16,
         "layout": "separate",
         "qkv": [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"],
@@ -205,6 +206,7 @@ def test_the_plan(folder):
             "affine": True,
             "plus_one": False,
         },
+        "post": None,
         "residual_is_normed": False,
     }
     assert plan["embeddings"] == [{"module": "model.embed_tokens", "rows": 290, "cols": 64}]

@@ -121,6 +121,6 @@ mod tests {
         assert!(of(2, 3, Among::Neighbours { drop: 4, of: 3 }));
         let bad = [1.0, f32::NAN];
         assert!(select(&bad, 1, 2, Among::Row(1), Some(1)).is_err());
-        assert_eq!(select(&[], 0, 4, Among::Row(1), Some(1)).expect("nothing"), []);
+        assert!(select(&[], 0, 4, Among::Row(1), Some(1)).expect("nothing").is_empty());
     }
 }

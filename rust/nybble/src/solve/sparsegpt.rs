@@ -1,6 +1,6 @@
-//! SparseGPT's column sweep: take out one input's weights after another and let the inputs that come later make up for it.
+//! `SparseGPT`'s column sweep: take out one input's weights after another and let the inputs that come later make up for it.
 //!
-//! Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774. With the
+//! Frantar and Alistarh, "`SparseGPT`: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774. With the
 //! upper Cholesky factor `U` of the inverse of the inputs' second moments (see [`gptq`](super::gptq)), over the columns in
 //! blocks:
 //!
@@ -195,10 +195,10 @@ mod tests {
             let five = SparseGpt { threads: Some(5), ..one };
             let one = sparsegpt(&w, rows, cols, &one).expect("good weights");
             assert_eq!(sparsegpt(&w, rows, cols, &five).expect("good weights"), one);
-            let gone = one.1.iter().filter(|&&keep| keep == 0).count();
+            let gone = one.1.len() - one.1.iter().map(|&keep| usize::from(keep)).sum::<usize>();
             let wanted: usize = match pattern {
                 Pattern::Share(share) => {
-                    [64, 64, 64, 8].map(|n| (n as f64 * 37.0 * share) as usize).iter().sum()
+                    [64.0, 64.0, 64.0, 8.0].map(|n: f64| (n * 37.0 * share) as usize).iter().sum()
                 }
                 Pattern::Neighbours { .. } => rows * cols / 2,
             };
