@@ -24,6 +24,7 @@ from nybble.cli import (
     prune,
     pull,
     run,
+    sweep,
     vision,
 )
 from nybble.cli.boundary import INTERRUPTED, READER_GONE, silence_stdout, verb
@@ -48,6 +49,7 @@ app.command("chat")(verb(chat.chat))
 app.command("classify")(verb(vision.classify))
 app.command("embed")(verb(vision.embed))
 app.command("eval")(verb(evaluate.evaluate))
+app.command("sweep")(verb(sweep.sweep))
 app.command("index")(verb(index.index))
 app.command("bench")(verb(bench.bench))
 app.command("inspect")(verb(inspect.inspect))
