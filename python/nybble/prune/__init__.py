@@ -18,8 +18,10 @@ from nybble.prune.flap import Flap
 from nybble.prune.gblm import Gblm
 from nybble.prune.graph import Group, Slice, UnitGraph, transformer
 from nybble.prune.llm_pruner import LlmPruner
+from nybble.prune.lottery import LotteryTickets
 from nybble.prune.magnitude import Magnitude
 from nybble.prune.magnitude_units import MagnitudeUnits
+from nybble.prune.perp import Perp
 from nybble.prune.plan import Cut, Plan, apply_masks, structure
 from nybble.prune.random_units import RandomUnits
 from nybble.prune.random_weights import RandomWeights
@@ -41,8 +43,10 @@ __all__ = [
     "Group",
     "Lens",
     "LlmPruner",
+    "LotteryTickets",
     "Magnitude",
     "MagnitudeUnits",
+    "Perp",
     "Plan",
     "PruneMethod",
     "RandomUnits",
