@@ -143,7 +143,8 @@ def test_skipping_changes_no_bit(sparse_folder, draft):
     for dense_seconds, layers in ((1e-9, 0), (1.0, 2)):
         model = nybble.load(sparse_folder, 2, sparsity="off", draft=draft)
         model.sparsify(thresholds, probe=False)
-        known = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
+        neurons = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
+        known = {"neurons": neurons, "inputs": [None] * 5}
         assert json.loads(model._sparsity.probe(model.raw, json.dumps(known))) == known
         assert model._sparsity.sparse_layers() == layers
         assert (model._sparsity.bytes() > 0) == (layers > 0)
@@ -167,11 +168,46 @@ def test_times_are_kept(sparse_folder):
     model = nybble.load(sparse_folder, 2)
     file = times.path(model.info, "sparsity")
     kept = times.stored(file)
-    assert kept["dense"] > 0
-    assert [share for share, _ in kept["sparse"]] == [0.1, 0.3, 0.5, 0.7]
-    file.write_text('{"dense": "fast"}')
+    assert kept["inputs"] == [None] * 5
+    assert kept["neurons"]["dense"] > 0
+    assert [share for share, _ in kept["neurons"]["sparse"]] == [0.1, 0.3, 0.5, 0.7]
+    file.write_text('{"neurons": "fast"}')
     nybble.load(sparse_folder, 2)
-    assert times.stored(file)["dense"] > 0
+    assert times.stored(file)["neurons"]["dense"] > 0
+
+
+INPUT_SETS = [
+    {"qkv": 0.4, "out": 0.05, "gate_up": 0.4, "down": 0.1},
+    {"q": 0.6, "qkv": 0.2},
+    {"down": 0.1},
+]
+
+
+@pytest.mark.parametrize("inputs", INPUT_SETS, ids=lambda inputs: "+".join(inputs))
+def test_skipping_columns_changes_no_bit(sparse_folder, inputs):
+    """Inputs below a threshold are 0, whether their columns are multiplied by it or left out."""
+    tokens = ids(30)
+    found = []
+    for dense_seconds, layers in ((1e-9, 0), (1.0, 2)):
+        model = nybble.load(sparse_folder, 2, sparsity="off", draft="off")
+        model.sparsify([Thresholds(inputs=inputs)] * model.info["layers"], probe=False)
+        times = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.99, 0.02]]}
+        known = {"neurons": None, "inputs": [times] * 5}
+        kept = json.loads(model._sparsity.probe(model.raw, json.dumps(known)))
+        named = [name in inputs for name in ("q", "qkv", "out", "gate_up", "down")]
+        assert [times is not None for times in kept["inputs"]] == named
+        assert model._sparsity.sparse_linears() == layers * len(inputs)
+        assert (model._sparsity.bytes() > 0) == (layers > 0)
+        result = model.generate(tokens, 20, ignore_end=True)
+        assert result.metrics["sparsity"]["skipped_linears"] == layers * len(inputs) * 19
+        session = model.session()
+        logits = np.concatenate([session.forward([token]) for token in tokens])
+        assert np.array_equal(logits, model.forward(tokens))
+        found.append((result.tokens, logits))
+    assert found[0][0] == found[1][0]
+    assert np.array_equal(found[0][1], found[1][1])
+    dense = nybble.load(sparse_folder, 2, sparsity="off").forward(tokens)
+    assert np.abs(found[0][1] - dense).max() > 1e-3
 
 
 def test_wrong_thresholds_are_named(sparse_folder, tmp_path):

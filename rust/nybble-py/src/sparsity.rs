@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use nybble::Error;
-use nybble::model::sparsity::{INPUTS, LayerThresholds, Times};
+use nybble::model::sparsity::{INPUTS, LayerThresholds, Measured};
 use pyo3::prelude::*;
 
 use crate::error::run;
@@ -56,7 +56,7 @@ impl Sparsity {
     ) -> PyResult<Option<String>> {
         let model = model.core();
         run(py, || {
-            let read = |known| serde_json::from_str::<Times>(known);
+            let read = |known| serde_json::from_str::<Measured>(known);
             let known =
                 known.map(read).transpose().map_err(|error| Error::argument("known", "times", error))?;
             model.probe_sparsity(&self.core, known)?.map(to_json).transpose()
@@ -66,6 +66,11 @@ impl Sparsity {
     /// Layers that skip neurons when few enough are active.
     fn sparse_layers(&self) -> usize {
         self.core.sparse_layers()
+    }
+
+    /// Linears that skip columns when few enough of their inputs are other than 0.
+    fn sparse_linears(&self) -> usize {
+        self.core.sparse_linears()
     }
 
     /// Bytes of memory that this takes.

@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::decode::{Generation, Request, Sampling};
-use nybble::model::sparsity::{LayerThresholds, Times};
+use nybble::model::sparsity::{LayerThresholds, Measured, Times};
 use nybble::model::{LoadOptions, Model};
 use nybble::tokens::Policy;
 use tiny::Tiny;
@@ -90,11 +90,16 @@ fn generated_tokens_allocate_nothing() {
             let model = model.with_tokens(policy).expect("fits");
             let mut session = model.session();
             if sparse {
-                // Thresholds that leave about half of the neurons, and times that make skipping the others pay.
-                let layer = LayerThresholds { neurons: vec![0.4; 96], active: 0.5, ..Default::default() };
+                // Thresholds that leave about half of the neurons and of some inputs, and times that make skipping pay.
+                let inputs = [0.2, 0.3, 0.1, 0.0, 0.0];
+                let layer = LayerThresholds { neurons: vec![0.4; 96], inputs, active: 0.5 };
                 let sparsity = model.sparsity_of(vec![layer; 2]).expect("fits");
                 let times = Times { dense: 1.0, sparse: vec![(0.1, 0.1), (0.9, 0.1)] };
-                let found = model.probe_sparsity(&sparsity, Some(times)).expect("no error");
+                let measured = Measured {
+                    neurons: Some(times.clone()),
+                    inputs: std::array::from_fn(|_| Some(times.clone())),
+                };
+                let found = model.probe_sparsity(&sparsity, Some(measured)).expect("no error");
                 assert_eq!(found.is_some(), name == "quantized");
                 session = model.session_with(None, Some(sparsity)).expect("fits");
             }

@@ -128,6 +128,8 @@ fn check(isa: Isa) {
 tests! {
     scalar => check(Scalar);
     avx2 => check(Avx2);
+    sparse_avx512vnni => check(Avx512Vnni);
+    neon_dotprod => check(NeonDotprod);
 }
 
 #[test]

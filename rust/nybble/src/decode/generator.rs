@@ -208,6 +208,8 @@ impl Generation {
             sparse_layers: sparsity.sparse_layers(),
             sparse_blocks: now.sparse - before.sparse,
             dense_blocks: now.dense - before.dense,
+            sparse_linears: sparsity.sparse_linears(),
+            skipped_linears: now.linears - before.linears,
             inactive_neurons: (neurons > 0).then(|| inactive as f64 / neurons as f64),
         });
     }

@@ -39,6 +39,10 @@ pub struct SparsityMetrics {
     pub sparse_blocks: u64,
     /// Feed-forward blocks of these layers in which too many neurons were active for that.
     pub dense_blocks: u64,
+    /// Linears in which skipping columns pays.
+    pub sparse_linears: usize,
+    /// Times that columns of one were skipped.
+    pub skipped_linears: u64,
     /// Share of the neurons of both that were not active.
     pub inactive_neurons: Option<f64>,
 }

@@ -21,6 +21,21 @@ pub(crate) fn sdot_lane<const LANE: usize>(mut sum: int32x4_t, w: int8x16_t, x: 
     sum
 }
 
+/// Adds to each 32-bit lane of `sum` the dot product of its four bytes in `w` with those in `x`.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+pub(crate) fn sdot(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: reads and writes the named registers only; the instruction is part of the enabled features.
+    unsafe {
+        asm!(
+            "sdot {sum:v}.4s, {w:v}.16b, {x:v}.16b",
+            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
 /// Adds to `sum`, a 2 x 2 block, the products of the two rows of eight bytes in `w` with the two in `x`.
 ///
 /// Lane `2 i + j` gets row `i` of `w` times row `j` of `x`.

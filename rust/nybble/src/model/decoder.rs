@@ -8,15 +8,16 @@
 //! time, a whole prompt at once, or anything between gives the same bits. Only where a prompt's tokens are reduced (see
 //! `reduce.rs`) it matters which tokens are computed together, for they are chosen among one another.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::Model;
 use super::blocks::{Active, Attention, Block, Layer, Mlp};
-use super::linear::Run;
+use super::linear::{Linear, Run};
 use super::reduce::Plan;
 use super::rope::RopeTable;
 use super::session::{Session, Tap};
-use super::sparsity::{LayerThresholds, Skipped, Sparsity, cut};
+use super::sparsity::{Input, Skip, cut};
 use super::spec::Position;
 use crate::error::{Error, Result};
 use crate::kernels::attention::{self, Branches, KvCache};
@@ -83,18 +84,19 @@ impl Session {
             let first = if kept_positions { start } else { cache.len() };
             let listed = if kept_positions { rows.positions() } else { &[] };
             let position = |row: usize| listed.get(row).copied().unwrap_or_else(|| first + offset(row));
-            let cuts = sparsity.map(|sparsity| &sparsity.layers[index]);
+            let mut skip =
+                sparsity.map(|sparsity| Skip { sparsity, layer: index, skipped: &mut self.skipped });
             if let Some(attention) = attention {
                 let rope = attention.rope.map(|index| &self.ropes[index]);
                 let mut leaving = false;
-                project(run, attention_block, attention, rope, &position, cuts, n, s)?;
+                project(run, attention_block, attention, rope, &position, skip.as_mut(), n, s)?;
                 attend(run, attention, cache, tree, n, s)?;
                 if let Some(tap) = &mut tap {
                     tap(index, "qkv", &s.xb);
                     tap(index, "out", &s.att);
                 }
-                if let Some(cuts) = cuts {
-                    cut(&mut s.att, cuts.out());
+                if let Some(skip) = &skip {
+                    cut(&mut s.att, skip.cuts().out());
                 }
                 if let Some(plan) = plan {
                     let Scratch { qkv, attention: memory, .. } = s;
@@ -103,7 +105,8 @@ impl Session {
                     leaving = rows.choose(on, plan, index, &shape, attention, cache, queries, memory)?;
                 }
                 let weighted = &mut Source::Given(&s.att);
-                attention.out.forward_source(run, weighted, n, rows.low(), &mut s.rounded, &mut s.h)?;
+                let (low, columns) = (rows.low(), (Input::Out, skip.as_mut(), &mut s.active));
+                forward_cut(run, &attention.out, columns, weighted, n, low, &mut s.rounded, &mut s.h)?;
                 leave(run, attention_block, s);
                 if leaving {
                     n = rows.leave(&mut s.x, model.spec.hidden);
@@ -116,7 +119,6 @@ impl Session {
             }
 
             if let Some(mlp) = mlp {
-                let skip = sparsity.map(|sparsity| (sparsity, index, &mut self.skipped));
                 feed_forward(run, mlp_block, mlp, n, rows.low(), skip, s)?;
                 if let Some(tap) = &mut tap {
                     tap(index, "gate_up", &s.xb);
@@ -235,7 +237,7 @@ pub(super) fn project(
     attention: &Attention,
     rope: Option<&RopeTable>,
     position: &(dyn Fn(usize) -> usize + Sync),
-    cuts: Option<&LayerThresholds>,
+    mut skip: Option<&mut Skip<'_>>,
     n: usize,
     s: &mut Scratch,
 ) -> Result<()> {
@@ -244,7 +246,7 @@ pub(super) fn project(
     let width = q + 2 * k;
     fit(&mut s.qkv, n * width);
     let enter = block.enter(run, &s.x);
-    let (least, least_q) = cuts.map_or((0.0, 0.0), |cuts| (cuts.qkv(), cuts.q()));
+    let (least, least_q) = skip.as_ref().map_or((0.0, 0.0), |skip| (skip.cuts().qkv(), skip.cuts().q()));
     let enter = |row: usize, out: &mut [f32]| {
         enter(row, out);
         cut(out, least);
@@ -252,14 +254,17 @@ pub(super) fn project(
     let input = &mut Source::Computed { rows: &mut s.xb, compute: &enter };
     if least_q > 0.0 {
         let parts = attention.qkv.count();
-        attention.qkv.forward_parts(run, 1..parts, input, n, &mut s.rounded, &mut s.qkv)?;
+        let columns = (Input::Qkv, skip.as_deref_mut(), &mut s.active);
+        forward_parts_cut(run, &attention.qkv, 1..parts, columns, input, n, &mut s.rounded, &mut s.qkv)?;
         fit(&mut s.h, s.xb.len());
         s.h.copy_from_slice(&s.xb);
         cut(&mut s.h, least_q);
         let input = &mut Source::Given(&s.h);
-        attention.qkv.forward_parts(run, 0..1, input, n, &mut s.rounded, &mut s.qkv)?;
+        let columns = (Input::Q, skip, &mut s.active);
+        forward_parts_cut(run, &attention.qkv, 0..1, columns, input, n, &mut s.rounded, &mut s.qkv)?;
     } else {
-        attention.qkv.forward_source(run, input, n, &[], &mut s.rounded, &mut s.qkv)?;
+        let columns = (Input::Qkv, skip, &mut s.active);
+        forward_cut(run, &attention.qkv, columns, input, n, &[], &mut s.rounded, &mut s.qkv)?;
     }
 
     if let (Some(q_norm), Some(k_norm)) = (&attention.q_norm, &attention.k_norm) {
@@ -283,6 +288,62 @@ pub(super) fn project(
         });
     }
     Ok(())
+}
+
+/// Which input of a layer a linear reads, where its columns may be skipped, and scratch.
+type Cut<'a, 'b> = (Input, Option<&'a mut Skip<'b>>, &'a mut Active);
+
+/// A linear, of one row without the columns whose input is 0 where that pays.
+#[expect(clippy::too_many_arguments, reason = "those of a linear and what may be skipped")]
+fn forward_cut(
+    run: Run<'_>,
+    linear: &Linear,
+    cut: Cut<'_, '_>,
+    x: &mut Source<'_>,
+    n: usize,
+    low: &[bool],
+    rounded: &mut Activations,
+    y: &mut [f32],
+) -> Result<()> {
+    if low.is_empty() && skipping(run, linear, cut, x, n, rounded, y)? {
+        return Ok(());
+    }
+    linear.forward_source(run, x, n, low, rounded, y)
+}
+
+/// The same of some of its matrices.
+#[expect(clippy::too_many_arguments, reason = "those of a linear and what may be skipped")]
+fn forward_parts_cut(
+    run: Run<'_>,
+    linear: &Linear,
+    which: Range<usize>,
+    cut: Cut<'_, '_>,
+    x: &mut Source<'_>,
+    n: usize,
+    rounded: &mut Activations,
+    y: &mut [f32],
+) -> Result<()> {
+    if skipping(run, linear, cut, x, n, rounded, y)? {
+        return Ok(());
+    }
+    linear.forward_parts(run, which, x, n, rounded, y)
+}
+
+/// Computes one row with columns that may be skipped, if there are such; returns whether it did.
+fn skipping(
+    run: Run<'_>,
+    linear: &Linear,
+    (input, skip, active): Cut<'_, '_>,
+    x: &mut Source<'_>,
+    n: usize,
+    rounded: &mut Activations,
+    y: &mut [f32],
+) -> Result<bool> {
+    let Some(skip) = skip.filter(|_| n == 1) else { return Ok(false) };
+    let Some(columns) = skip.sparsity.columns(skip.layer, input) else { return Ok(false) };
+    let sparse = linear.forward_skipping(run, columns, x, &mut active.list, rounded, y)?;
+    skip.skipped.linears += u64::from(sparse);
+    Ok(true)
 }
 
 /// How the heads of a layer attend.
@@ -331,13 +392,13 @@ pub(super) fn feed_forward(
     mlp: &Mlp,
     n: usize,
     low: &[bool],
-    skip: Option<(&Sparsity, usize, &mut Skipped)>,
+    mut skip: Option<Skip<'_>>,
     s: &mut Scratch,
 ) -> Result<()> {
     let width = mlp.gate_up.rows();
     fit(&mut s.gate_up, n * width);
     fit(&mut s.inner, n * mlp.inner);
-    let cuts = skip.as_ref().map(|(sparsity, index, _)| &sparsity.layers[*index]);
+    let cuts = skip.as_ref().map(Skip::cuts);
     let neurons = cuts.map_or(&[][..], |cuts| &cuts.neurons);
     let (least, least_inner) = cuts.map_or((0.0, 0.0), |cuts| (cuts.gate_up(), cuts.down()));
     let enter = block.enter(run, &s.x);
@@ -350,8 +411,8 @@ pub(super) fn feed_forward(
     if n == 1
         && low.is_empty()
         && least_inner == 0.0
-        && let Some((sparsity, index, skipped)) =
-            skip.filter(|(sparsity, index, _)| sparsity.may_skip(*index))
+        && let Some(Skip { sparsity, layer, skipped }) =
+            skip.as_mut().filter(|skip| skip.sparsity.may_skip(skip.layer))
     {
         mlp.gate_up.forward_parts(run, 0..1, input, 1, &mut s.rounded, &mut s.gate_up)?;
         s.inner.copy_from_slice(&s.gate_up[..mlp.inner]);
@@ -360,7 +421,7 @@ pub(super) fn feed_forward(
         let active = s.active.list.len();
         skipped.neurons += mlp.inner as u64;
         skipped.active += active as u64;
-        if let Some(bundles) = sparsity.bundles(index, active) {
+        if let Some(bundles) = sparsity.bundles(*layer, active) {
             skipped.sparse += 1;
             return mlp.skip(run, bundles, &mut s.active, &mut s.inner, &mut s.rounded, &mut s.h);
         }
@@ -368,14 +429,16 @@ pub(super) fn feed_forward(
         let input = &mut Source::Given(&s.xb);
         mlp.gate_up.forward_parts(run, 1..2, input, 1, &mut s.rounded, &mut s.gate_up)?;
     } else {
-        mlp.gate_up.forward_source(run, input, n, low, &mut s.rounded, &mut s.gate_up)?;
+        let columns = (Input::GateUp, skip.as_mut(), &mut s.active);
+        forward_cut(run, &mlp.gate_up, columns, input, n, low, &mut s.rounded, &mut s.gate_up)?;
     }
     let activate = |row: usize, out: &mut [f32]| {
         mlp.activate(run, &s.gate_up[row * width..][..width], neurons, out);
         cut(out, least_inner);
     };
     let inner = &mut Source::Computed { rows: &mut s.inner, compute: &activate };
-    mlp.down.forward_source(run, inner, n, low, &mut s.rounded, &mut s.h)
+    let columns = (Input::Down, skip.as_mut(), &mut s.active);
+    forward_cut(run, &mlp.down, columns, inner, n, low, &mut s.rounded, &mut s.h)
 }
 
 /// Shows the values that thresholds of neurons are found by, of a block just computed: the activation function's (`act`), and

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use super::settings::Settings;
 use crate::error::Result;
 use crate::kernels::quantize::{Activations, Rounding, Source};
+use crate::kernels::w4a8_sparse::sparse_columns;
 use crate::kernels::{Columns, IntProduct, Kernels, float_matmul, int_matmuls};
-use crate::pack::Packed;
+use crate::pack::{Bundles, Layout, Packed};
 use crate::threads::Pool;
 
 /// What runs a model: its threads, kernels and settings.
@@ -34,6 +35,29 @@ impl Part {
     fn reads_the_same(&self, other: &Self) -> bool {
         let form = |part: &Self| part.rounding.map(|rounding| (rounding, part.weight.group()));
         form(self) == form(other)
+    }
+}
+
+/// Columns of some matrices of a linear, to be read one by one where many inputs are 0.
+#[derive(Debug)]
+pub(super) struct Skippable {
+    which: Range<usize>,
+    bundles: Vec<Bundles>, // of each of these matrices
+    /// Inputs that may be other than 0; with more of them all columns are read.
+    pub(super) most: usize,
+}
+
+impl Skippable {
+    pub(super) fn inputs(&self) -> usize {
+        self.bundles.first().map_or(0, Bundles::neurons)
+    }
+
+    pub(super) fn which(&self) -> Range<usize> {
+        self.which.clone()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bundles.iter().map(Bundles::bytes).sum()
     }
 }
 
@@ -101,14 +125,79 @@ impl Linear {
         y: &mut [f32],
     ) -> Result<()> {
         self.multiply(run, which.clone(), x, n, &[], rounded, y)?;
-        let before: usize = self.parts[..which.start].iter().map(|part| part.weight.rows()).sum();
-        let rows: usize = self.parts[which].iter().map(|part| part.weight.rows()).sum();
-        if let Some(bias) = &self.bias {
-            for row in y.chunks_exact_mut(self.rows) {
-                run.kernels.elementwise.add_assign(&mut row[before..][..rows], &bias[before..][..rows]);
-            }
-        }
+        self.add_bias(run, which, y);
         Ok(())
+    }
+
+    /// Where in a row the outputs of some matrices are.
+    fn outputs(&self, which: Range<usize>) -> Range<usize> {
+        let rows = |parts: &[Part]| parts.iter().map(|part| part.weight.rows()).sum::<usize>();
+        let first = rows(&self.parts[..which.start]);
+        first..first + rows(&self.parts[which])
+    }
+
+    fn add_bias(&self, run: Run<'_>, which: Range<usize>, y: &mut [f32]) {
+        let Some(bias) = &self.bias else { return };
+        let own = self.outputs(which);
+        for row in y.chunks_exact_mut(self.rows) {
+            run.kernels.elementwise.add_assign(&mut row[own.clone()], &bias[own.clone()]);
+        }
+    }
+
+    /// The columns of some of the matrices, if these are of the kind that sparse kernels read.
+    pub(super) fn skippable(&self, which: Range<usize>, pool: &Pool) -> Result<Option<Skippable>> {
+        let parts = &self.parts[which.clone()];
+        let rounded = |part: &Part| part.rounding.is_some_and(|rounding| rounding.bits == 8);
+        let good = parts.windows(2).all(|pair| pair[0].reads_the_same(&pair[1]))
+            && parts.iter().all(|part| part.weight.layout() == Layout::W4 && rounded(part));
+        if !good {
+            return Ok(None);
+        }
+        let bundles = parts.iter().map(|part| Bundles::new(None, &part.weight, pool));
+        let bundles = bundles.collect::<Result<_>>()?;
+        Ok(Some(Skippable { which, bundles, most: usize::MAX }))
+    }
+
+    /// As [`Linear::forward_parts`] of one row and the matrices of `columns`; returns whether it skipped the columns whose
+    /// input is 0. `active` is scratch.
+    pub(super) fn forward_skipping(
+        &self,
+        run: Run<'_>,
+        columns: &Skippable,
+        x: &mut Source<'_>,
+        active: &mut Vec<u32>,
+        rounded: &mut Activations,
+        y: &mut [f32],
+    ) -> Result<bool> {
+        let Skippable { which, bundles, most } = columns;
+        let parts = &self.parts[which.clone()];
+        let Part { weight, rounding: Some(rounding) } = &parts[0] else {
+            unreachable!("columns are those of rounded matrices");
+        };
+        let (cols, group) = (weight.cols(), weight.group());
+        rounded.quantize_source(run.pool, run.kernels.quantize, x, 1, cols, group, *rounding, &[])?;
+        active.clear();
+        active.reserve(cols);
+        active.extend((0..).zip(&rounded.codes(0)[..cols]).filter(|(_, code)| **code != 0).map(|(i, _)| i));
+        let few = active.len() <= *most;
+        let mut first = self.outputs(which.clone()).start;
+        if few {
+            for bundles in bundles {
+                let y = &mut y[first..][..bundles.outputs()];
+                sparse_columns(run.pool, run.kernels.w4a8_sparse, bundles, rounded, 0, active, y)?;
+                first += bundles.outputs();
+            }
+        } else {
+            let outputs = Columns::new(y, 1, self.rows, 0, self.rows);
+            let mut products = parts.iter().map(|Part { weight: w, .. }| {
+                let y = outputs.part(first, w.rows());
+                first += w.rows();
+                IntProduct { kernel: run.kernels.w4a8, w, y }
+            });
+            int_matmuls(run.pool, rounded, &mut products)?;
+        }
+        self.add_bias(run, which.clone(), y);
+        Ok(few)
     }
 
     /// The same of inputs that may have to be computed first, and with 4 bits instead of 8 in the rows that `low` says so of;

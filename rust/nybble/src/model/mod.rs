@@ -52,7 +52,7 @@ use info::layout_bytes;
 pub use session::{Logits, PART, Session};
 pub use settings::Settings;
 pub use sparsity::Sparsity;
-use sparsity::{LayerThresholds, Times};
+use sparsity::{LayerThresholds, Measured};
 pub use spec::Spec;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -199,8 +199,8 @@ impl Model {
     pub fn probe_sparsity<'a>(
         &self,
         sparsity: &'a Sparsity,
-        known: Option<Times>,
-    ) -> Result<Option<&'a Times>> {
+        known: Option<Measured>,
+    ) -> Result<Option<&'a Measured>> {
         if sparsity.thresholds().len() != self.spec.layers.len() {
             return Err(Error::argument("sparsity", "that of this model", "that of another"));
         }

@@ -5,6 +5,8 @@
 //! sparse ones give the same bits as the dense ones do for the same zeros. [`Sparsity::probe`] measures both once for a
 //! model and machine; until then, and where it does not pay, dense ones run.
 //!
+//! Neurons are skipped as wholes; of inputs that have a threshold, the columns of what reads them.
+//!
 //! Skipping is for one token at a time. Several rows (a prompt, drafts) share a dense product, which reads every weight once
 //! for all of them; the neurons that any of a few rows needs are soon most of them, and each row would multiply its own.
 //!
@@ -13,6 +15,7 @@
 //! compared with magnitudes of what queries alone, queries, keys and values, the attention's output projection, gate and up,
 //! and down read. 0 leaves everything as it is. `active` has for each layer the share of neurons that calibration saw at work.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -20,7 +23,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::blocks::{Active, Layer, Mlp};
-use super::linear::Run;
+use super::linear::{Linear, Run, Skippable};
 use super::load::Weights;
 use super::spec::{AttentionSpec, Qkv, Spec};
 use crate::error::{Error, Result};
@@ -28,12 +31,32 @@ use crate::format::safetensors::SafeTensors;
 use crate::format::{Access, Dtype};
 use crate::kernels::quantize::{Activations, Source};
 use crate::pack::{Bundles, Layout};
+use crate::threads::Pool;
 
 /// The file in a model folder.
 pub const FILE: &str = "sparsity.safetensors";
 
 /// Inputs with a threshold.
 pub const INPUTS: usize = 5;
+
+/// The inputs, in the order of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Input {
+    /// Of queries alone.
+    Q,
+    /// Of queries, keys and values; with a threshold for queries alone, of keys and values.
+    Qkv,
+    /// Of attention's output projection.
+    Out,
+    /// Of gate and up.
+    GateUp,
+    /// Of down.
+    Down,
+}
+
+impl Input {
+    const ALL: [Self; INPUTS] = [Self::Q, Self::Qkv, Self::Out, Self::GateUp, Self::Down];
+}
 
 /// What is taken for zero in a layer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -144,6 +167,15 @@ impl Times {
     }
 }
 
+/// What was measured of a model.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Of feed-forward blocks without some neurons, if neurons have thresholds.
+    pub neurons: Option<Times>,
+    /// Of what reads each of the inputs without some columns, for those that have a threshold in some layer.
+    pub inputs: [Option<Times>; INPUTS],
+}
+
 /// Dense kernels must take this much longer.
 const WORTHWHILE: f64 = 1.05;
 
@@ -160,11 +192,27 @@ pub struct Sparsity {
     plan: OnceLock<Plan>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Plan {
-    times: Times,
+    measured: Measured,
     /// Neurons of each layer, where skipping some pays, and how many may be active at most.
     layers: Vec<Option<(Bundles, usize)>>,
+    /// Columns of each layer by input, where skipping some pays.
+    columns: Vec<[Option<Skippable>; INPUTS]>,
+}
+
+/// What may be skipped in a layer, and the count of what was.
+pub(super) struct Skip<'a> {
+    pub(super) sparsity: &'a Sparsity,
+    pub(super) layer: usize,
+    pub(super) skipped: &'a mut Skipped,
+}
+
+impl<'a> Skip<'a> {
+    /// What is taken for zero there.
+    pub(super) fn cuts(&self) -> &'a LayerThresholds {
+        &self.sparsity.layers[self.layer]
+    }
 }
 
 impl Sparsity {
@@ -210,8 +258,8 @@ impl Sparsity {
     }
 
     /// What was measured, if anything was.
-    pub fn times(&self) -> Option<&Times> {
-        self.plan.get().map(|plan| &plan.times)
+    pub fn measured(&self) -> Option<&Measured> {
+        self.plan.get().map(|plan| &plan.measured)
     }
 
     /// Layers in which some neurons are skipped when few enough are active.
@@ -219,11 +267,21 @@ impl Sparsity {
         self.plan.get().map_or(0, |plan| plan.layers.iter().flatten().count())
     }
 
-    /// Bytes of memory for neuron bundles.
+    /// Linears of which columns are skipped when few enough inputs are other than 0.
+    pub fn sparse_linears(&self) -> usize {
+        self.plan.get().map_or(0, |plan| plan.columns.iter().flatten().flatten().count())
+    }
+
+    /// Bytes of memory for neuron bundles and columns.
     pub fn bytes(&self) -> usize {
-        self.plan
-            .get()
-            .map_or(0, |plan| plan.layers.iter().flatten().map(|(bundles, _)| bundles.bytes()).sum())
+        let Some(plan) = self.plan.get() else { return 0 };
+        let neurons: usize = plan.layers.iter().flatten().map(|(bundles, _)| bundles.bytes()).sum();
+        neurons + plan.columns.iter().flatten().flatten().map(Skippable::bytes).sum::<usize>()
+    }
+
+    /// The columns of what reads an input, if it may pay to skip some.
+    pub(super) fn columns(&self, layer: usize, input: Input) -> Option<&Skippable> {
+        self.plan.get()?.columns.get(layer)?[input as usize].as_ref()
     }
 
     /// The bundles of a layer, if `active` neurons are few enough.
@@ -237,22 +295,42 @@ impl Sparsity {
         self.plan.get().is_some_and(|plan| matches!(plan.layers.get(layer), Some(Some(_))))
     }
 
-    /// Finds out where skipping neurons pays, by measuring or from times known from earlier, and prepares it there. None if
-    /// no layer has neurons that can be skipped.
+    /// Finds out where skipping pays, by measuring or from times known from earlier, and prepares it there. None if nothing
+    /// can be skipped.
     pub(super) fn probe(
         &self,
         run: Run<'_>,
         weights: &Weights,
-        known: Option<Times>,
-    ) -> Result<Option<&Times>> {
-        if let Some(plan) = self.plan.get() {
-            return Ok(Some(&plan.times));
+        known: Option<Measured>,
+    ) -> Result<Option<&Measured>> {
+        if self.plan.get().is_none() {
+            let known = known.unwrap_or_default();
+            let mut plan = Plan::default();
+            self.probe_neurons(run, weights, known.neurons, &mut plan)?;
+            plan.columns.resize_with(weights.layers.len(), Default::default);
+            for (input, known) in Input::ALL.into_iter().zip(known.inputs) {
+                self.probe_columns(run, weights, input, known, &mut plan)?;
+            }
+            if plan.measured == Measured::default() {
+                return Ok(None);
+            }
+            self.plan.get_or_init(|| plan);
         }
+        Ok(self.measured())
+    }
+
+    fn probe_neurons(
+        &self,
+        run: Run<'_>,
+        weights: &Weights,
+        known: Option<Times>,
+        plan: &mut Plan,
+    ) -> Result<()> {
         let mut layers = Vec::new();
         for (layer, thresholds) in weights.layers.iter().zip(&self.layers) {
             layers.push(if thresholds.neurons.is_empty() { None } else { bundle(run, layer)? });
         }
-        let Some(first) = layers.iter().flatten().next() else { return Ok(None) };
+        let Some(first) = layers.iter().flatten().next() else { return Ok(()) };
         let times = match known.filter(Times::good) {
             Some(times) => times,
             None => measure(run, weights, &layers, first)?,
@@ -263,9 +341,64 @@ impl Sparsity {
             let most = (most * bundles.neurons() as f64) as usize;
             Some((bundles, most))
         };
-        let layers = layers.into_iter().zip(&self.layers).map(keep).collect();
-        Ok(Some(&self.plan.get_or_init(|| Plan { times, layers }).times))
+        plan.layers = layers.into_iter().zip(&self.layers).map(keep).collect();
+        plan.measured.neurons = Some(times);
+        Ok(())
     }
+
+    fn probe_columns(
+        &self,
+        run: Run<'_>,
+        weights: &Weights,
+        input: Input,
+        known: Option<Times>,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        let mut all = Vec::new();
+        for (layer, thresholds) in weights.layers.iter().zip(&self.layers) {
+            let cut = thresholds.inputs[input as usize] > 0.0;
+            let linear = reader(layer, input, thresholds).filter(|_| cut);
+            let columns = linear.map(|(linear, which)| Ok((linear, linear.skippable(which, run.pool)?)));
+            all.push(columns.transpose()?.and_then(|(linear, columns)| Some((linear, columns?))));
+        }
+        let present: Vec<_> = all.iter().flatten().map(|(linear, columns)| (*linear, columns)).collect();
+        if present.is_empty() {
+            return Ok(());
+        }
+        let times = match known.filter(Times::good) {
+            Some(times) => times,
+            None => measure_columns(run, &present)?,
+        };
+        let most = times.break_even();
+        for (places, columns) in plan.columns.iter_mut().zip(all).filter(|_| most > 0.0) {
+            places[input as usize] = columns.map(|(_, mut columns)| {
+                columns.most = (most * columns.inputs() as f64) as usize;
+                columns
+            });
+        }
+        plan.measured.inputs[input as usize] = Some(times);
+        Ok(())
+    }
+}
+
+/// The matrices of a layer that read an input.
+fn reader<'a>(
+    layer: &'a Layer,
+    input: Input,
+    thresholds: &LayerThresholds,
+) -> Option<(&'a Linear, Range<usize>)> {
+    let linear = match input {
+        Input::Q | Input::Qkv => &layer.attention.as_ref()?.qkv,
+        Input::Out => &layer.attention.as_ref()?.out,
+        Input::GateUp => &layer.mlp.as_ref()?.gate_up,
+        Input::Down => &layer.mlp.as_ref()?.down,
+    };
+    let which = match input {
+        Input::Q => 0..1,
+        Input::Qkv => usize::from(thresholds.q() > 0.0)..linear.count(),
+        _ => 0..linear.count(),
+    };
+    Some((linear, which))
 }
 
 /// The neurons of a layer, if its matrices are of the kind that sparse kernels read.
@@ -290,41 +423,81 @@ fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>], first: &
     let (x, full) = (wave(hidden), wave(inner));
     let (mut gate_up, mut act, mut y) = (vec![0.0; 2 * inner], vec![0.0; inner], vec![0.0; hidden]);
     let (mut rounded, mut active) = (Activations::new(), Active::default());
+    timed(run.pool, count, |round, share, walk| {
+        let least: Vec<f32> =
+            (0..inner).map(|n| if drawn(n, round, share) { 0.0 } else { f32::INFINITY }).collect();
+        walk(&mut || {
+            for (layer, bundles) in weights.layers.iter().zip(layers) {
+                let bundles = bundles.as_ref().filter(|bundles| fits(bundles));
+                let (Some(bundles), Some(mlp)) = (bundles, &layer.mlp) else { continue };
+                if share.is_none() {
+                    mlp.gate_up.forward(run, &x, 1, &mut rounded, &mut gate_up)?;
+                    mlp.activate(run, &gate_up, &least, &mut act);
+                    mlp.down.forward(run, &full, 1, &mut rounded, &mut y)?;
+                } else {
+                    let x = &mut Source::Given(&x);
+                    mlp.gate_up.forward_parts(run, 0..1, x, 1, &mut rounded, &mut gate_up)?;
+                    act.copy_from_slice(&gate_up[..inner]);
+                    mlp.act(run, &mut act);
+                    active.find(&full, &least);
+                    mlp.skip(run, bundles, &mut active, &mut act, &mut rounded, &mut y)?;
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Times of linears with all columns and with some, on average.
+fn measure_columns(run: Run<'_>, linears: &[(&Linear, &Skippable)]) -> Result<Times> {
+    let widest = linears.iter().map(|(_, columns)| columns.inputs()).max().unwrap_or(0);
+    let longest = linears.iter().map(|(linear, _)| linear.rows()).max().unwrap_or(0);
+    let (mut rounded, mut active, mut y) = (Activations::new(), Vec::new(), vec![0.0; longest]);
+    timed(run.pool, linears.len(), |round, share, walk| {
+        let value = |n: usize| if drawn(n, round, share) { 1.0 + (n as f32 * 0.7).sin() / 2.0 } else { 0.0 };
+        let x: Vec<f32> = (0..widest).map(value).collect();
+        walk(&mut || {
+            for (linear, columns) in linears {
+                let x = &mut Source::Given(&x[..columns.inputs()]);
+                let y = &mut y[..linear.rows()];
+                if share.is_none() {
+                    linear.forward_parts(run, columns.which(), x, 1, &mut rounded, y)?;
+                } else {
+                    linear.forward_skipping(run, columns, x, &mut active, &mut rounded, y)?;
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Whether a neuron or an input is active in a round, of a share of them or of all: which ones does not follow any pattern
+/// that memory could.
+fn drawn(n: usize, round: usize, share: Option<f64>) -> bool {
+    let hash = (n + 7919 * round).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    share.is_none_or(|share| (hash as f64) < share * f64::from(1 << 24))
+}
+
+/// A walk over all layers.
+type Walk<'a> = &'a mut dyn FnMut() -> Result<()>;
+
+/// Median times of a layer, dense and at [`SHARES`]. `pass` gets a round, a share or none for dense, and what times a walk.
+fn timed(
+    pool: &Pool,
+    layers: usize,
+    mut pass: impl FnMut(usize, Option<f64>, &mut dyn FnMut(Walk<'_>) -> Result<()>) -> Result<()>,
+) -> Result<Times> {
     let mut seconds = vec![Vec::new(); SHARES.len() + 1];
     for round in 0..ROUNDS {
         for (kind, seconds) in seconds.iter_mut().enumerate() {
             let share = kind.checked_sub(1).map(|kind| SHARES[kind]);
-            // Which neurons are active does not follow any pattern that memory could.
-            let drawn = |n: usize| {
-                let hash = (n + 7919 * round).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-                share.is_none_or(|share| (hash as f64) < share * f64::from(1 << 24))
-            };
-            let least: Vec<f32> = (0..inner).map(|n| if drawn(n) { 0.0 } else { f32::INFINITY }).collect();
-            for walk in 0..2 {
+            pass(round, share, &mut |walk| {
+                pool.region(&mut *walk)?;
                 let begin = Instant::now();
-                run.pool.region(|| -> Result<()> {
-                    for (layer, bundles) in weights.layers.iter().zip(layers) {
-                        let bundles = bundles.as_ref().filter(|bundles| fits(bundles));
-                        let (Some(bundles), Some(mlp)) = (bundles, &layer.mlp) else { continue };
-                        if share.is_none() {
-                            mlp.gate_up.forward(run, &x, 1, &mut rounded, &mut gate_up)?;
-                            mlp.activate(run, &gate_up, &least, &mut act);
-                            mlp.down.forward(run, &full, 1, &mut rounded, &mut y)?;
-                        } else {
-                            let x = &mut Source::Given(&x);
-                            mlp.gate_up.forward_parts(run, 0..1, x, 1, &mut rounded, &mut gate_up)?;
-                            act.copy_from_slice(&gate_up[..inner]);
-                            mlp.act(run, &mut act);
-                            active.find(&full, &least);
-                            mlp.skip(run, bundles, &mut active, &mut act, &mut rounded, &mut y)?;
-                        }
-                    }
-                    Ok(())
-                })?;
-                if walk == 1 {
-                    seconds.push(begin.elapsed().as_secs_f64() / count as f64);
-                }
-            }
+                pool.region(walk)?;
+                seconds.push(begin.elapsed().as_secs_f64() / layers as f64);
+                Ok(())
+            })?;
         }
     }
     let median = |mut all: Vec<f64>| {
@@ -347,4 +520,6 @@ pub struct Skipped {
     pub sparse: u64,
     /// Feed-forward blocks computed by dense ones, of one token.
     pub dense: u64,
+    /// Linears of one token of which columns were skipped.
+    pub linears: u64,
 }

@@ -11,7 +11,13 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
+#[cfg(target_arch = "aarch64")]
+mod neon_dotprod;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::ops::Range;
 
@@ -76,6 +82,10 @@ pub fn kernels() -> Vec<&'static dyn SparseMatmul> {
         Some(&scalar::Scalar),
         #[cfg(target_arch = "x86_64")]
         avx2::kernel(),
+        #[cfg(target_arch = "x86_64")]
+        avx512vnni::kernel(),
+        #[cfg(target_arch = "aarch64")]
+        neon_dotprod::kernel(),
     ];
     all.iter().copied().flatten().collect()
 }
