@@ -36,6 +36,8 @@ __all__ = [
     "pagerank_iterations",
     "read_bandwidth",
     "rtn",
+    "select",
+    "sparsegpt",
     "top_k",
     "version",
 ]
@@ -201,6 +203,17 @@ def gptq(
     importance: _Floats | None = None,
     threads: int | None = None,
 ) -> tuple[_Bytes, _Floats, _Floats | None]: ...
+def select(
+    scores: _Floats, drop: int, among: int | Literal["all", "row"], threads: int | None = None
+) -> _Bytes: ...
+def sparsegpt(
+    weights: _Floats,
+    factor: _Floats,
+    share: float | None = None,
+    neighbours: tuple[int, int] | None = None,
+    block: int = 128,
+    threads: int | None = None,
+) -> tuple[_Floats, _Bytes]: ...
 def pagerank(
     attention: _Floats,
     iterations: int,

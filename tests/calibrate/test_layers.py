@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from families import FAMILIES, make, prompts
 from nybble import _nybble
@@ -176,3 +177,61 @@ def test_a_missing_torch_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UnsupportedError, match=r"torch: pip install 'nybble\[compress\]'"):
         Walk({}, {"layers": []}, {}, lambda *_: None)
+
+
+def test_a_walk_through_layers_of_different_shapes(tmp_path):
+    """Without attention, without a feed-forward block, without both; heads shared unevenly."""
+    from nybble.formats.ragged import load
+    from tiny import write_llama
+
+    folder = write_llama(tmp_path / "model", layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    layers = [
+        {**whole, "num_attention_heads": 3, "queries_per_kv": [2, 1]},
+        {**whole, "num_attention_heads": 0, "num_key_value_heads": 0},
+        {**whole, "intermediate_size": 0},
+        {key: 0 for key in whole},
+    ]
+    config["nybble"] = {"version": 1, "structure": {"layers": layers}}
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if name.startswith("model.layers.0.self_attn.q_proj"):
+            tensors[name] = tensors[name][:48].copy()
+        if name.startswith("model.layers.0.self_attn.o_proj"):
+            tensors[name] = tensors[name][:, :48].copy()
+        gone = ("1.self_attn", "1.input", "2.mlp", "2.post", "3.")
+        if name.removeprefix("model.layers.").startswith(gone):
+            del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = _nybble.Checkpoint.open(str(folder))
+    shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
+    walk = Walk(config, json.loads(checkpoint.plan()), shapes, checkpoint.read)
+    ids = np.array(prompts(24, 24))
+    plain = walk.embed(ids)
+    staged = [states.clone() for states in plain]
+    folded = [states.clone() for states in plain]
+    empty = []
+    for index in range(len(walk)):
+        layer = walk.layer(index)
+        empty.append([not names for names in layer.stages])
+        traced = {}
+        for window, inputs, output in layer.trace(plain):
+            traced[window], plain[window] = inputs, output
+        for stage in range(4):
+            for window, inputs in layer.inputs(stage, staged):
+                np.testing.assert_allclose(inputs, traced[window][stage], rtol=1e-4, atol=1e-4)
+        layer.outputs(staged)
+        draw = np.random.default_rng(index)
+        for pair in pairs(layer.parts, layer)[0]:
+            rescale(layer, pair, np.exp2(draw.integers(-3, 4, len(pair.rows))))
+        layer.outputs(folded)
+        walk.drop(index)
+    assert empty[0] == [False] * 4
+    assert empty[1] == [True, True, False, False]
+    assert empty[2] == [False, False, True, True]
+    assert empty[3] == [True] * 4
+    wanted = last_states(load(folder), walk, ids[:1])
+    for states in (plain, staged, folded):
+        assert (states[0] - wanted).abs().max() <= 1e-5 * wanted.abs().max()

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble import _nybble
+from nybble.calibrate.inverse_factor import inverse_factor
 from nybble.calibrate.stats import InputStats
 from nybble.errors import ArgumentError, ConfigError
 from nybble.quant import Gptq, Rtn, Scheme
-from nybble.quant.inverse_factor import inverse_factor
 
 
 def inputs_of(tokens, cols, seed=0, rank=None):

@@ -206,6 +206,7 @@ def test_the_plan(folder):
             "affine": True,
             "plus_one": False,
         },
+        "post": None,
         "residual_is_normed": False,
     }
     assert plan["embeddings"] == [{"module": "model.embed_tokens", "rows": 290, "cols": 64}]

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nybble.errors import ConfigError, UnsupportedError
+from nybble.formats.ragged import reshape, structure_of
 
 if TYPE_CHECKING:
     import torch
@@ -97,14 +98,17 @@ class Walk:
             self.torch.set_num_threads(threads)
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        settings = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+        left_out = ("dtype", "torch_dtype", "nybble")
+        settings = {k: v for k, v in config.items() if k not in left_out}
         with _weights_on_meta(self.torch):
             self._model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+            if (layers := structure_of(config)) is not None:
+                reshape(self._model, layers)
         self.plan = plan
         self._read = read
         self._shapes = shapes
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.prefixes = [_prefix(layer["attention"]["out"]) for layer in plan["layers"]]
+        self.prefixes = _prefixes(plan["layers"])
 
     def __len__(self) -> int:
         return len(self.prefixes)
@@ -199,6 +203,20 @@ class Walk:
         self._model.get_submodule(self.prefixes[index]).to("meta")
 
 
+def _prefixes(layers: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the layers' paths; one that has no linear is named after the others."""
+    ends = [
+        (layer["attention"] or {}).get("out") or (layer["mlp"] or {}).get("down")
+        for layer in layers
+    ]
+    known = next((end for end in ends if end), None)
+    if known is None:
+        message = "expected a layer with attention or a feed-forward block, found none"
+        raise ConfigError(message)
+    stem = _prefix(known).rpartition(".")[0]
+    return [f"{stem}.{index}" for index in range(len(layers))]
+
+
 def _prefix(module: str) -> str:
     found = re.match(r".*?\.\d+(?=\.)", module)
     if found is None:
@@ -256,14 +274,16 @@ class Layer:
         self.prefix = prefix
         self.parts = parts
         self._args, self._kwargs = call
-        attention, mlp = parts["attention"], parts["mlp"]
-        self.stages: list[list[str]] = [
-            list(attention["qkv"]),
-            [attention["out"]],
-            [name for name in (mlp["gate"], mlp["up"]) if name],
-            [mlp["down"]],
-        ]
-        """The linears in the order of the forward pass; together, those that read the same."""
+        attention, mlp = parts["attention"] or {}, parts["mlp"] or {}
+        stages = (
+            attention.get("qkv", ()),
+            (attention.get("out"),),
+            (mlp.get("gate"), mlp.get("up")),
+            (mlp.get("down"),),
+        )
+        self.stages: list[list[str]] = [[name for name in stage if name] for stage in stages]
+        """The linears in the order of the forward pass; together, those that read the same. A
+        stage of a block that the layer does not have is empty."""
         self._window = 0
         self._attended: dict[int, Any] | None = None
         # The inputs of attention's last linear, with what its module returned when that gave
@@ -287,6 +307,11 @@ class Layer:
         # GPT-2's linears keep inputs as rows.
         return values.T if type(self._part(linear)).__name__ == "Conv1D" else values
 
+    def set_bias(self, linear: str, values: Floats) -> None:
+        """Give a linear a bias, whether or not it has one."""
+        parameter = self._torch.nn.Parameter(self._torch.from_numpy(values), requires_grad=False)
+        _put(self._part(linear), "bias", parameter)
+
     def trace(self, hidden: list[torch.Tensor]) -> Iterator[tuple[int, list[Floats], torch.Tensor]]:
         """Run all windows; give each one's number, the inputs of each stage, and the output.
 
@@ -300,11 +325,13 @@ class Layer:
         hooks = [
             self._part(linears[0]).register_forward_pre_hook(keep(stage))
             for stage, linears in enumerate(self.stages)
+            if linears
         ]
+        nothing = np.zeros((0, 0), dtype=np.float32)
         try:
             for index, states in enumerate(hidden):
                 output = self._forward(index, states)
-                yield index, [caught[stage] for stage in range(len(self.stages))], output
+                yield index, [caught.get(i, nothing) for i in range(len(self.stages))], output
         finally:
             for hook in hooks:
                 hook.remove()
@@ -320,10 +347,12 @@ class Layer:
         def catch(_: Any, args: Any) -> None:
             raise _Caught(args[0])
 
+        if not self.stages[stage]:
+            return
         if stage == 1:
             yield from self._mixing(hidden)
             return
-        if stage >= 2 and self._attended is None:
+        if stage >= 2 and self._attended is None and self.stages[1]:
             self._finish_attention()
         hooks = [self._part(name).register_forward_pre_hook(catch) for name in self.stages[stage]]
         try:

@@ -20,6 +20,7 @@ NEEDS = {
     "gram": "the second moments of the inputs",
     "reference": "the inputs the original model would have had",
     "sample": "some of the inputs themselves",
+    "moments": "the mean and the variance of each channel",
 }
 """What a method may need besides the ranges of the channels."""
 
@@ -55,6 +56,10 @@ class InputStats:
         ``X^T X``; the GPTQ literature's Hessian, up to a factor.
     drift
         ``(X_ref - X)^T X`` with the original model's inputs ``X_ref`` of the same tokens.
+    average
+        Mean of each channel, with "moments".
+    scatter
+        Sum of the squared distances of each channel from its mean, with "moments".
     derived
         What methods have computed from the sums, for the next linear that shares them.
     """
@@ -68,6 +73,9 @@ class InputStats:
         self.absolute: Doubles = np.zeros(cols)
         self.gram: Doubles = np.zeros((cols, cols) if "gram" in self.needs else (0, 0))
         self.drift: Doubles = np.zeros((cols, cols) if "reference" in self.needs else (0, 0))
+        moments = "moments" in self.needs
+        self.average: Doubles = np.zeros(cols if moments else 0)
+        self.scatter: Doubles = np.zeros(cols if moments else 0)
         self.derived: dict[Any, Any] = {}
         self._sample: list[Floats] = []
 
@@ -97,6 +105,8 @@ class InputStats:
             self.drift += _product(reference - inputs, inputs)
         if "sample" in self.needs:
             self._keep(inputs)
+        if "moments" in self.needs and len(inputs):
+            self._spread(inputs)
         self.count += len(inputs)
 
     def _keep(self, inputs: Floats) -> None:
@@ -105,6 +115,26 @@ class InputStats:
         self._sample.append(inputs[::step].copy())
         if sum(len(part) for part in self._sample) > 2 * _SAMPLE:
             self._sample = [np.concatenate(self._sample)[::2].copy()]
+
+    def _spread(self, inputs: Floats) -> None:
+        # Chan, Golub and LeVeque: sums of squares about each part's own mean, so that a mean far
+        # from zero costs no digits.
+        more, before = len(inputs), self.count
+        average = inputs.mean(axis=0, dtype=np.float64)
+        scatter = np.square(inputs - average).sum(axis=0)
+        shift = average - self.average
+        self.average += shift * (more / (before + more))
+        self.scatter += scatter + shift**2 * (before * more / (before + more))
+
+    @property
+    def variance(self) -> Doubles:
+        """Variance of each channel; needs ``moments``."""
+        return self.scatter / max(self.count, 1)
+
+    @property
+    def size(self) -> Doubles:
+        """Euclidean norm of each channel's values; needs ``moments``."""
+        return np.asarray(np.sqrt(self.scatter + self.count * np.square(self.average)))
 
     @property
     def sample(self) -> Floats:

@@ -21,8 +21,10 @@ from nybble.cli import (
     index,
     inspect,
     methods,
+    prune,
     pull,
     run,
+    sweep,
     vision,
 )
 from nybble.cli.boundary import INTERRUPTED, READER_GONE, silence_stdout, verb
@@ -41,6 +43,7 @@ app = typer.Typer(
 app.command("demo")(verb(demo.demo))
 app.command("pull")(verb(pull.pull))
 app.command("compress")(verb(compress.compress))
+app.command("prune")(verb(prune.prune))
 app.command("run")(verb(run.run))
 app.command("chat")(verb(chat.chat))
 app.command("classify")(verb(vision.classify))
@@ -48,6 +51,7 @@ app.command("embed")(verb(vision.embed))
 app.command("explain")(verb(vision.explain))
 app.command("tune-tokens")(verb(vision.tune_tokens))
 app.command("eval")(verb(evaluate.evaluate))
+app.command("sweep")(verb(sweep.sweep))
 app.command("index")(verb(index.index))
 app.command("bench")(verb(bench.bench))
 app.command("inspect")(verb(inspect.inspect))

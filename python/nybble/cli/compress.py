@@ -171,6 +171,7 @@ def report_table(report: "Report", out: Path) -> "Table":
         ("error", f"{report.mean_error():.2e} of the linears' squared weights, on average"),
         ("time", output.seconds(report.seconds)),
     ]
+    rows += prune_rows(report)
     if report.calibration is not None:
         shown = report.calibration
         rows.append(("calibration", f"{shown['tokens']} tokens, seed {shown['seed']}"))
@@ -178,3 +179,15 @@ def report_table(report: "Report", out: Path) -> "Table":
     if report.left_out:
         rows.append(("left out", f"{len(report.left_out)} tensors that the model does not need"))
     return output.pairs("", rows)
+
+
+def prune_rows(report: "Report") -> list[tuple[str, str]]:
+    """Say what was taken out, if anything was."""
+    if report.prune is None:
+        return []
+    found = report.prune["achieved"]
+    text = f"{found['share_of_layers']:.1%} of the layers' parameters, "
+    text += f"{found['share_of_model']:.1%} of all, by {report.prune['method']}"
+    if found["zeros"]:
+        text += f"; {found['zeros']} of them are zeros in place"
+    return [("pruned", text)]

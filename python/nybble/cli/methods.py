@@ -76,17 +76,20 @@ def _needs(cls: type[Any], kind: str) -> list[str]:
     """Name what it takes besides the weights; a fold looks at activations, if only their ranges."""
     if kind == "activation sparsity":
         return ["calibration text"]
+    if kind == "pruning":
+        return ["calibration text", "torch"] if cls().reads_text else []
     calibrated = kind in ("fold", "tuning") or (kind == "quantization" and cls().needs)
     return ["calibration text", "torch"] if calibrated else []
 
 
 def _known() -> list[tuple[str, str, type[Any]]]:
-    from nybble import quant, sparsity, tokens
+    from nybble import prune, quant, sparsity, tokens
 
     families = (
         ("quantization", quant.METHODS),
         ("fold", quant.FOLDS),
         ("tuning", quant.TUNINGS),
+        ("pruning", prune.METHODS),
         ("activation sparsity", sparsity.METHODS),
         ("token reduction", tokens.METHODS),
     )

@@ -225,11 +225,14 @@ class CalibratedPass:
             return [], kept
         needs = fold.needs if fold is not None else frozenset()
         stats: list[InputStats] = [
-            InputStats(names[0], layer.weight(names[0]).shape[1], needs) for names in layer.stages
+            InputStats(names[0], layer.weight(names[0]).shape[1], needs)
+            if names
+            else InputStats("", 0)
+            for names in layer.stages
         ]
         for window, inputs, output in layer.trace(hidden if reference is None else reference):
             for stage, values in enumerate(inputs):
-                if fold is not None:
+                if fold is not None and layer.stages[stage]:
                     stats[stage].update(values)
                 if reference is not None:
                     kept[stage][window] = values
@@ -276,7 +279,7 @@ class CalibratedPass:
         schemes = [self._items[name].scheme for name in layer.stages[stage]]
         if any(scheme is not None and scheme.static for scheme in schemes):
             needs |= {"sample"}
-        if not needs:
+        if not needs or not schemes:
             return None
         name = layer.stages[stage][0]
         stats = InputStats(name, layer.weight(name).shape[1], needs)

@@ -30,6 +30,7 @@ from nybble.calibrate.text import CalibrationSet, draw
 from nybble.compress import files, plan
 from nybble.compress.calibrated import CalibratedPass
 from nybble.compress.plan import BYTES, Item, Plan
+from nybble.compress.pruned import PrunedModel
 from nybble.compress.recipe import Recipe
 from nybble.compress.report import Report, TensorReport
 from nybble.compress.source import Source
@@ -85,12 +86,20 @@ def run(
     """
     began = time.perf_counter()
     _check_places(source, out)
-    checkpoint = Source(source)
+    original = checkpoint = Source(source)
     parts = checkpoint.plan()
     if parts["kind"] == "encoder":
         _check_encoder(recipe, calibration)
     _check_calibration(recipe, calibration)
-    work = plan.make(parts, checkpoint.tensors, recipe, checkpoint.kind)
+    pruned = shown = None
+    if (pruner := recipe.pruner()) is not None:
+        text = None
+        if pruner.reads_text:
+            text = shown = _draw(original, recipe, calibration)
+        pruned = PrunedModel(original, pruner, text, out, threads)
+        checkpoint = pruned.make(progress=progress)
+        parts = checkpoint.plan()
+    work = plan.make(parts, checkpoint.tensors, recipe, original.kind)
     report = Report(
         source=source.resolve().name,
         source_files={},
@@ -101,12 +110,16 @@ def run(
         notes=sorted({f"{item.role}: {item.note}" for item in work.items if item.note}),
         parameters=sum(item.weights for item in work.items),
         size_after=sum(item.size for item in work.items),
+        prune=None if pruned is None else pruned.report,
     )
-    passed = shown = None
+    passed = None
     if calibration:
-        shown = _text(checkpoint, recipe, calibration, report)
+        shown = shown or _draw(original, recipe, calibration)
+        _note_shortage(report, "calibration", recipe.calibration.tokens, shown)
+        report.calibration = shown.to_json()
         if recipe.needs_layers():
-            passed = _calibrated(checkpoint, work, recipe, calibration, shown, out, threads, report)
+            tuning = _tuning_text(original, recipe, calibration, report)
+            passed = CalibratedPass(checkpoint, work, recipe, shown, out, threads, tuning)
     weight_files = files.weight_files(source)
     report.size_before = sum(f.stat().st_size for f in weight_files if f.suffix != ".json")
     with (
@@ -128,9 +141,9 @@ def run(
             quantizer = recipe.weights.quantizer()
             writing = _Writing(checkpoint, quantizer, threads, bar.update, passed)
             _write_weights(writing, work, folder, shard, report.tensors)
-        if checkpoint.kind == "gguf":
-            metadata = checkpoint.gguf_metadata()
-            files.rebuild_companions(metadata, checkpoint.config, str(source), folder)
+        if original.kind == "gguf":
+            metadata = original.gguf_metadata()
+            files.rebuild_companions(metadata, original.config, str(source), folder)
         else:
             files.copy_companions(source, folder)
         files.write_text(folder / "recipe.yaml", recipe.to_yaml())
@@ -144,9 +157,12 @@ def run(
         files.write_text(folder / "report.json", report.to_text())
         files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         _check(folder, work, max((f.stat().st_size for f in weight_files), default=0), threads)
+        if pruned is not None:
+            pruned.keep_plan(folder)
         staged.commit()
-    if passed is not None:
-        passed.remove()
+    for made in (passed, pruned):
+        if made is not None:
+            made.remove()
     return report
 
 
@@ -171,21 +187,16 @@ def _context(source: Source, wanted: int) -> int:
     return min(wanted, limit) if isinstance(limit, int) else wanted
 
 
-def _text(
-    source: Source, recipe: Recipe, calibration: Sequence[Path], report: Report
-) -> CalibrationSet:
+def _draw(source: Source, recipe: Recipe, calibration: Sequence[Path]) -> CalibrationSet:
     """Draw the text that is looked at."""
     wanted = recipe.calibration
-    text = draw(
+    return draw(
         calibration,
         _tokenizer(source),
         tokens=wanted.tokens,
         context=_context(source, wanted.context),
         seed=wanted.seed,
     )
-    _note_shortage(report, "calibration", wanted.tokens, text)
-    report.calibration = text.to_json()
-    return text
 
 
 def _check_encoder(recipe: Recipe, calibration: Sequence[Path]) -> None:
@@ -199,29 +210,22 @@ def _check_encoder(recipe: Recipe, calibration: Sequence[Path]) -> None:
         raise UnsupportedError(message)
 
 
-def _calibrated(
-    source: Source,
-    work: Plan,
-    recipe: Recipe,
-    calibration: Sequence[Path],
-    text: CalibrationSet,
-    out: Path,
-    threads: int | None,
-    report: Report,
-) -> CalibratedPass:
-    """Draw what else is looked at; the pass over it is still to be run."""
-    shown = None
-    if (tuner := recipe.tuner()) is not None:
-        shown = draw(
-            calibration,
-            _tokenizer(source),
-            tokens=tuner.tokens,
-            context=_context(source, tuner.context),
-            seed=recipe.calibration.seed + 1,
-        )
-        _note_shortage(report, "tuning", tuner.tokens, shown)
-        report.calibration = {**(report.calibration or {}), "tuning": shown.to_json()}
-    return CalibratedPass(source, work, recipe, text, out, threads, shown)
+def _tuning_text(
+    source: Source, recipe: Recipe, calibration: Sequence[Path], report: Report
+) -> CalibrationSet | None:
+    """Draw what a tuning is shown besides."""
+    if (tuner := recipe.tuner()) is None:
+        return None
+    shown = draw(
+        calibration,
+        _tokenizer(source),
+        tokens=tuner.tokens,
+        context=_context(source, tuner.context),
+        seed=recipe.calibration.seed + 1,
+    )
+    _note_shortage(report, "tuning", tuner.tokens, shown)
+    report.calibration = {**(report.calibration or {}), "tuning": shown.to_json()}
+    return shown
 
 
 def _sparsify(
@@ -453,6 +457,8 @@ def _config(source: dict[str, Any], work: Plan, recipe: Recipe) -> dict[str, Any
     if section is not None:
         config["quantization_config"] = section
     config["nybble"] = {"version": SECTION_VERSION, "created_by": f"nybble {_nybble.version()}"}
+    if (structure := (source.get("nybble") or {}).get("structure")) is not None:
+        config["nybble"]["structure"] = structure
     if settings := recipe.run_settings():
         config["nybble"]["run"] = settings
     return config

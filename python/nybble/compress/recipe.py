@@ -2,6 +2,7 @@
 
 A recipe is a YAML file, a name of a shipped one, or a mapping with the same keys::
 
+    prune: {name: flap, ratio: 0.2}
     weights: {bits: 4, group: 32, groups: {}, symmetric: false, zeros: fractional, method: rtn}
     activations: {bits: 8, strategy: group, dynamic: true, roles: {}}
     embedding: {bits: 8, group: 32, symmetric: true}
@@ -41,12 +42,18 @@ Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here
 count as 0 when the model runs. Thresholds are found on the calibration text, with the weights as
 they are written, and stored beside them.
 
+``prune`` names a method in :data:`nybble.prune.METHODS`, with its settings: what is taken out
+before anything else is looked at. What is left is calibrated and quantized like a model of its own;
+kept neurons are a multiple of the weights' group. A method that takes out single weights leaves
+zeros, which quantization with ``zeros: whole`` or ``symmetric: true`` keeps.
+
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +64,8 @@ from typing import Any, TypeVar
 import yaml
 
 from nybble.errors import ArgumentError, ConfigError
+from nybble.prune import METHODS as PRUNINGS
+from nybble.prune import PruneMethod, Structured
 from nybble.quant import FOLDS, METHODS, TUNINGS, ScaleTuning
 from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
@@ -255,9 +264,11 @@ class Recipe:
     softmax: str = "exact"
     tokens: Mapping[str, Any] | None = None
     sparsity: str | Mapping[str, Any] | None = None
+    prune: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.sparsifier()
+        self.pruner()
         if self.tokens is not None:
             object.__setattr__(self, "tokens", _tokens(self.tokens))
         _check("floats", self.floats, ("auto", "bf16", "f16"))
@@ -301,8 +312,21 @@ class Recipe:
             return None
         return _method(SPARSITIES, self.sparsity, "sparsity")
 
+    def pruner(self) -> PruneMethod | None:
+        """Return the pruning, made with its settings; ``None`` without one."""
+        if self.prune is None:
+            return None
+        method = _method(PRUNINGS, self.prune, "prune")
+        group = self.weights.group
+        if isinstance(method, Structured) and self.weights.bits < 16 and group is not None:
+            # What reads the neurons is rounded in groups of them.
+            method = dataclasses.replace(method, round_to=math.lcm(method.round_to, group))
+        return method
+
     def needs_calibration(self) -> str:
         """Return which key needs calibration text; an empty text if none does."""
+        if (pruner := self.pruner()) is not None and pruner.reads_text:
+            return "prune"
         return self.needs_layers() or ("" if self.sparsity is None else "sparsity")
 
     def needs_layers(self) -> str:
@@ -398,7 +422,7 @@ class Recipe:
         values["folds"] = [fold if isinstance(fold, str) else dict(fold) for fold in self.folds]
         values["activations"]["roles"] = dict(self.activations.roles)
         values["weights"]["groups"] = dict(self.weights.groups)
-        for name in ("sparsity", "tuning"):
+        for name in ("sparsity", "tuning", "prune"):
             if isinstance(values[name], Mapping):
                 values[name] = dict(values[name])
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)

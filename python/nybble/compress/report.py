@@ -87,6 +87,10 @@ class Report:
     calibration
         Which text was looked at: its files' SHA-256, number of tokens, seed, and the SHA-256 of the
         tokens; ``None`` if none was.
+    prune
+        What was taken out before: the method with its settings, what share of the parameters it
+        came to, and for each layer what is left and the relative squared error of the outputs of
+        linears that changed, on some of the calibration inputs; ``None`` if nothing was.
     """
 
     source: str
@@ -102,6 +106,7 @@ class Report:
     parameters: int = 0
     seconds: float = 0.0
     calibration: dict[str, Any] | None = None
+    prune: dict[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -100,12 +100,14 @@ def pairs(parts: Mapping[str, Any], layer: LayerTensors) -> tuple[list[Pair], li
         Its weights, for their sizes.
     """
     attention, mlp = parts["attention"], parts["mlp"]
-    gate_up = tuple(name for name in (mlp["gate"], mlp["up"]) if name)
     found, notes = [], []
-    for norms, consumers, stage in (
-        (parts["attention_norms"], tuple(attention["qkv"]), 0),
-        (parts["mlp_norms"], gate_up, 2),
-    ):
+    readers = []
+    if attention is not None:
+        readers.append((parts["attention_norms"], tuple(attention["qkv"]), 0))
+    if mlp is not None:
+        gate_up = tuple(name for name in (mlp["gate"], mlp["up"]) if name)
+        readers.append((parts["mlp_norms"], gate_up, 2))
+    for norms, consumers, stage in readers:
         where = "attention" if stage == 0 else "the feed-forward block"
         norm = norms["pre"]
         if norm is None:
@@ -120,8 +122,11 @@ def pairs(parts: Mapping[str, Any], layer: LayerTensors) -> tuple[list[Pair], li
             all_of = np.arange(layer.weight(consumers[0]).shape[1])
             plus_one = bool(norm["plus_one"])
             found.append(Pair("norm", norm["module"], all_of, consumers, all_of, stage, plus_one))
-    found.append(_values(attention))
-    if mlp["gate"] or mlp["activation"] == "relu":
+    if attention is not None:
+        found.append(_values(attention))
+    if mlp is None:
+        pass
+    elif mlp["gate"] or mlp["activation"] == "relu":
         inner = np.arange(layer.weight(mlp["down"]).shape[1])
         found.append(Pair("mlp", mlp["up"], inner, (mlp["down"],), inner, 3))
     else:
@@ -138,7 +143,9 @@ def _values(attention: Mapping[str, Any]) -> Pair:
         "per_head": channels // dim * 3 * dim + 2 * dim + channels % dim,  # [head][q, k, v][dim]
     }[attention["layout"]]
     query = np.arange(heads * dim)
-    columns = query // dim // (heads // kv_heads) * dim + query % dim
+    ends = attention["groups"] or range(0, heads + 1, heads // kv_heads)
+    read = np.repeat(np.arange(kv_heads), np.diff(ends))  # by each query head
+    columns = read[query // dim] * dim + query % dim
     return Pair("value", attention["qkv"][-1], rows, (attention["out"],), columns, 1)
 
 

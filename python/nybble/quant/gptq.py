@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nybble import _nybble
+from nybble.calibrate.inverse_factor import inverse_factor
 from nybble.errors import ArgumentError, ConfigError
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme, within
-from nybble.quant.inverse_factor import inverse_factor
 from nybble.quant.rtn import Rtn
 
 if TYPE_CHECKING:

@@ -202,6 +202,7 @@ fn norms(norms: &BlockNorms) -> Value {
         |norm: &NormSpec| json!({ "module": norm.module, "affine": norm.affine, "plus_one": norm.plus_one });
     json!({
         "pre": norms.pre.as_ref().map(norm),
+        "post": norms.post.as_ref().map(norm),
         "residual_is_normed": norms.residual_is_normed,
     })
 }

@@ -47,7 +47,7 @@ mod _nybble {
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]
-    use super::solve::{gptq, rtn};
+    use super::solve::{gptq, rtn, select, sparsegpt};
     #[pymodule_export]
     use super::sparsity::Sparsity;
     #[pymodule_export]

@@ -197,7 +197,7 @@ impl Sweep<'_> {
 
 /// `w = w - e u`.
 #[inline]
-fn axpy(w: &mut [f32], e: f32, u: &[f32]) {
+pub(super) fn axpy(w: &mut [f32], e: f32, u: &[f32]) {
     for (w, u) in w.iter_mut().zip(u) {
         *w -= e * u;
     }

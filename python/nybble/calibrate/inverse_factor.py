@@ -1,4 +1,4 @@
-"""The factor of an inverse that GPTQ's sweep runs on."""
+"""The factor of an inverse that the sweeps of GPTQ and SparseGPT run on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nybble.quant.base import Floats
+from nybble.calibrate.stats import Floats
 
 __all__ = ["inverse_factor"]
 

@@ -1,0 +1,139 @@
+"""``nybble prune``: a model with parts of it taken out, in floats."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nybble.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nybble.compress.report import Report
+
+
+def _ratio(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < 1:
+        msg = f"{value} is not a share of at least 0 and below 1."
+        raise typer.BadParameter(msg)
+    return value
+
+
+def prune(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A Hugging Face folder, a GGUF file, or the name of a pulled model.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write.", show_default=False),
+    ],
+    method: Annotated[
+        str,
+        typer.Option("--method", metavar="NAME", help="A name that `nybble methods` lists."),
+    ] = "refit",
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--ratio",
+            metavar="SHARE",
+            callback=_ratio,
+            help="Share of the layers' parameters to remove, or of each matrix where single "
+            "weights go.",
+            show_default="the method's",
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--pattern",
+            metavar="N:M",
+            help="For methods that take out single weights: of each M neighbours N stay (2:4).",
+            show_default="unstructured",
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="TEXTFILE",
+            help="Text that methods look at; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-tokens",
+            metavar="N",
+            min=1,
+            help="How many tokens of it.",
+            show_default="16384",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="S", min=0, help="Which parts of it.", show_default="0"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder if it exists.")
+    ] = False,
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Take heads, neurons, layers or single weights out of a model; what is left stays in floats.
+
+    To quantize as well, name the method under `prune` in a recipe for `nybble compress`.
+    """
+    from nybble.cli import output
+    from nybble.compress import compress as work
+
+    path = options.open_path(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"name": method}
+    if ratio is not None:
+        settings["ratio"] = ratio
+    if pattern is not None:
+        settings["pattern"] = pattern
+    recipe = {"prune": settings, "weights": {"bits": 16}, "activations": {"bits": 16}}
+    report = work(
+        path,
+        out,
+        recipe=recipe,
+        calibration=calibration or (),
+        calibration_tokens=calibration_tokens,
+        seed=seed,
+        overwrite=overwrite,
+        threads=threads,
+        progress=not quiet,
+    )
+    if as_json:
+        output.emit_json({"out": str(out), **report.to_json()})
+    else:
+        output.show(report_table(report, out))
+
+
+def report_table(report: "Report", out: Path) -> "Table":
+    """Make the short table that ends a pruning."""
+    from nybble.cli import output
+    from nybble.cli.compress import prune_rows
+
+    before, after = output.size(report.size_before), output.size(report.size_after)
+    rows = [
+        ("folder", str(out)),
+        ("size", f"{before} -> {after}"),
+        ("parameters", output.count(report.parameters)),
+        *prune_rows(report),
+        ("time", output.seconds(report.seconds)),
+    ]
+    if report.calibration is not None:
+        shown = report.calibration
+        rows.append(("calibration", f"{shown['tokens']} tokens, seed {shown['seed']}"))
+    rows += [("note", note) for note in report.notes]
+    return output.pairs("", rows)
