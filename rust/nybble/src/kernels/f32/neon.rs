@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::super::attention::Small;
 use super::codes::{self, CodeLanes};
 use super::lanes::{self, Element, Lanes, Panel, Tier, Work, by_rows};
 use crate::cpu::{Isa, Neon};
