@@ -228,3 +228,23 @@ def test_a_pruned_model_is_not_pruned_again(tiny_folder, text, tmp_path):
         compress(
             tmp_path / "one", tmp_path / "two", recipe=recipe, calibration=text, progress=False
         )
+
+
+def test_a_run_that_fails_later_finds_the_pruned_model_again(tiny_folder, tmp_path, monkeypatch):
+    from nybble.compress import pipeline
+    from nybble.compress.pruned import PrunedModel
+
+    recipe = {"prune": {"name": "random_units", "ratio": 0.2}, **FLOAT}
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_write_weights", fail)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tiny_folder, tmp_path / "out", recipe=recipe, progress=False)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith(".out.pruned-")
+    monkeypatch.setattr(PrunedModel, "_write", lambda *_, **__: pytest.fail("pruned again"))
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
