@@ -228,3 +228,36 @@ def test_a_pruned_model_is_not_pruned_again(tiny_folder, text, tmp_path):
         compress(
             tmp_path / "one", tmp_path / "two", recipe=recipe, calibration=text, progress=False
         )
+
+
+def test_a_run_that_fails_later_finds_the_pruned_model_again(tiny_folder, tmp_path, monkeypatch):
+    from nybble.compress import pipeline
+    from nybble.compress.pruned import PrunedModel
+
+    recipe = {"prune": {"name": "random_units", "ratio": 0.2}, **FLOAT}
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_write_weights", fail)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tiny_folder, tmp_path / "out", recipe=recipe, progress=False)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith(".out.pruned-")
+    monkeypatch.setattr(PrunedModel, "_write", lambda *_, **__: pytest.fail("pruned again"))
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_gguf_file_is_pruned(tiny_folder, text, tmp_path):
+    pytest.importorskip("gguf")
+    from tiny import write_gguf
+
+    write_gguf(tmp_path / "model.gguf", tiny_folder)
+    recipe = {"prune": {"name": "flap", "ratio": 0.25}, **FLOAT}
+    found = []
+    for source, name in ((tmp_path / "model.gguf", "a"), (tiny_folder, "b")):
+        compress(source, tmp_path / name, recipe=recipe, calibration=text, progress=False)
+        found.append(nybble.load(tmp_path / name, threads=1).forward([5, 9, 77]))
+    np.testing.assert_allclose(found[0], found[1], atol=0.03 * np.abs(found[1]).max())

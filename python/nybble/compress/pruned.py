@@ -180,7 +180,7 @@ class PrunedModel:
         biases: dict[str, int] = {}
         if not method.compensator.needs or windows is None:
             return plan, iter(()), biases
-        if "bias" in type(method.compensator).__name__.lower():
+        if method.compensator.adds_bias:
             axes = self.graph.kept_axes(keep)
             for layer in self.graph.layers:
                 for linear in (layer.out, layer.down):
@@ -278,7 +278,6 @@ class PrunedModel:
         rows = []
         shapes = dict(zip(left, layers, strict=True))
         for index, layer in enumerate(graph.layers):
-            names = {part: f"{layer.prefix}.{part}" for part in ("self_attn", "mlp")}
             errors = {
                 linear.removeprefix(f"{layer.prefix}."): error
                 for linear, error in changes.errors.items()
@@ -286,7 +285,6 @@ class PrunedModel:
             }
             row: dict[str, Any] = {"layer": index, "dropped": index not in shapes, "error": errors}
             row.update(shapes.get(index, {}))
-            del names
             rows.append(row)
         return {
             **self._provenance(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ Bools = npt.NDArray[np.bool_]
 
 class Compensator(ABC):
     """A way to make up for lost inputs. Subclasses are frozen dataclasses of their settings."""
+
+    adds_bias: ClassVar[bool] = False
+    """Whether linears that lose inputs have a bias afterwards."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -65,6 +69,8 @@ class Bias(Compensator):
 
     ``b = W_gone mean(x_gone)``: what is left of the error is the variance of the lost inputs.
     """
+
+    adds_bias: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:
