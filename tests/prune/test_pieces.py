@@ -13,7 +13,17 @@ from nybble import _nybble
 from nybble.calibrate.stats import InputStats
 from nybble.errors import ArgumentError, FormatError
 from nybble.prune import Cfsp, Flap, Lens, LlmPruner, Subject, transformer
-from nybble.prune.allocate import Additive, Global, Limits, Sigmoid, Table, Uniform, best, erk
+from nybble.prune.allocate import (
+    Additive,
+    Global,
+    Limits,
+    Sigmoid,
+    Table,
+    Uniform,
+    best,
+    by_shares,
+    erk,
+)
 from nybble.prune.base import neighbours, standardised
 from nybble.prune.block_similarity import BlockInfluence
 from nybble.prune.cfsp import Contribution
@@ -251,6 +261,16 @@ def test_offsets_add_up_to_nothing_and_are_the_papers():
     kept = Additive(0.02).keep(groups, scores, 0.3, Limits(), given)
     assert removed(groups, kept) == pytest.approx(0.3, abs=0.003)
     assert len(kept["n0"]) == 72
+
+
+def test_what_has_gone_stays_gone_and_counts():
+    groups = [group("a", 10), group("b", 10)]
+    scores = {"a": np.arange(10.0), "b": np.arange(10.0)}
+    left = {"a": np.array([0, 1, 2, 3]), "b": np.arange(10)}
+    kept = by_shares(groups, scores, {"a": 0.4, "b": 0.4}, Limits(), left)
+    # Six of a are out already, two more than its share: b keeps two more.
+    assert kept["a"].tolist() == [0, 1, 2, 3]
+    assert kept["b"].tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_shares_may_be_given():

@@ -79,12 +79,7 @@ class AdaptPruner(Structured):
             wanted = target * step / self.steps
             shares *= wanted / max(shares.mean(), 1e-12)
             scores = self.scores(groups, evidence)
-            for group in groups:  # what has gone stays gone
-                values = np.full(group.size, -np.inf)
-                values[kept[group.name]] = scores[group.name][kept[group.name]]
-                scores[group.name] = values
             of = {g.name: float(shares[g.layer]) for g in groups if g.layer is not None}
-            new = by_shares(groups, scores, of, self.limits)
-            kept = {n: units if len(units) < len(kept[n]) else kept[n] for n, units in new.items()}
+            kept = by_shares(groups, scores, of, self.limits, kept)
         lens.release()
         return kept

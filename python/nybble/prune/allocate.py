@@ -118,18 +118,37 @@ def best(scores: Doubles, count: int) -> npt.NDArray[np.int64]:
 
 
 def by_shares(
-    groups: Sequence[Group], scores: Scores, shares: Mapping[str, float], limits: Limits
+    groups: Sequence[Group],
+    scores: Scores,
+    shares: Mapping[str, float],
+    limits: Limits,
+    left: Kept | None = None,
 ) -> Kept:
-    """Remove a share of each group's units; what rounding leaves is carried to the next."""
+    """Remove a share of each group's units; what rounding leaves is carried to the next.
+
+    Parameters
+    ----------
+    groups, scores, limits
+        As of :meth:`Allocator.keep`.
+    shares
+        The share of each group, by name.
+    left
+        Units that are left of earlier removals, and among which those that stay are.
+    """
     kept: Kept = {}
     owed = 0.0  # parameters that should have gone by now and have not
     for group in groups:
         wanted = shares[group.name] * group.size * group.cost + owed
         steps = limits.steps(group)
+        values = scores[group.name]
+        if left is not None:
+            steps = [count for count in steps if count <= len(left[group.name])]
+            values = np.full(group.size, -np.inf)
+            values[left[group.name]] = scores[group.name][left[group.name]]
         removed = [(group.size - count) * group.cost for count in steps]
         nearest = min(range(len(steps)), key=lambda i: abs(removed[i] - wanted))
         owed = wanted - removed[nearest]
-        kept[group.name] = best(scores[group.name], steps[nearest])
+        kept[group.name] = best(values, steps[nearest])
     return kept
 
 

@@ -21,7 +21,10 @@ class Refit(Flap):
     Formula: :class:`nybble.prune.compensate.LeastSquares` on the inputs as they are behind the
     layers already pruned, in place of FLAP's bias.
 
-    Defaults: damping of 0.01, SparseGPT's.
+    Defaults: damping of 0.01, SparseGPT's. It is too little where tokens are few: on SmolLM2-135M
+    with 4096 tokens of C4 and a fifth removed, perplexity on 8 windows of WikiText-2 was 40.8 with
+    0.01, 37.6 with 0.1, and 37.4 with FLAP's bias. Give it more text than the wider of the linears
+    has inputs, many times over.
 
     Parameters
     ----------

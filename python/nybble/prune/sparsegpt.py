@@ -27,6 +27,9 @@ class SparseGpt(Sparse):
         those weights of a block go whose w_ij^2 / U_jj^2 is smallest
         w_j = w_j - w_i / U_ii U_ij     for the columns j after i, in rows where w_i goes
 
+    Few tokens hurt it: on SmolLM2-135M with 4096 tokens of C4, perplexity on 8 windows of
+    WikiText-2 was 53.4 at one half where Wanda's was 42.4, but 120 at 2:4 where Wanda's was 161.
+
     Defaults: ``damping`` 0.01 and ``block`` 128, the authors'; half of the weights. Layers are
     pruned in order, each on the inputs that the pruned ones before it give.
 
