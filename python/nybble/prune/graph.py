@@ -7,8 +7,7 @@ Everything that chooses, masks or cuts works on this description alone and knows
 models.
 
 :func:`transformer` makes the graph of every decoder and image encoder that nybble reads, from what
-the checkpoint says of its parts; :mod:`nybble.prune.trace` makes one of other torch modules by
-running them.
+the checkpoint says of its parts.
 """
 
 from __future__ import annotations
