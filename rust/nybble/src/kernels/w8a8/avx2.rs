@@ -5,8 +5,9 @@
 //! bits at once by `vpmaddwd`. The magnitudes are made once for all rows.
 //!
 //! The change of sign takes one of the two multiplication slots a cycle (measured on Zen 3), so three instructions for 32
-//! products set the pace. Widening both sides to 16 bits for `vpmaddwd` alone would take two, but needs the activations
-//! widened beforehand; done here, for each tile, that costs as much as it saves.
+//! products set the pace. Tried and lost: widening both sides to 16 bits for `vpmaddwd` alone, which is two instructions. With
+//! the activations widened once for all tiles, two rows by a whole tile run at 0.97 of this, four by half a tile at 0.7:
+//! widening the weights, too, takes a slot, and each is used for fewer rows than registers would have to hold.
 
 use std::arch::x86_64::*;
 
