@@ -85,15 +85,7 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calibration",
-            metavar="TEXTFILE",
-            help="Text the methods that need some look at; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     calibration_tokens: Annotated[
         int | None,
         typer.Option(
@@ -114,9 +106,7 @@ def compress(
             show_default="the recipe's, 0 without one",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder if it exists.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     threads: options.Threads = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,

@@ -51,6 +51,16 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXTFILE",
+        help="Text for the methods that look at some; may be given several times.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
 Threads = Annotated[
     int | None,
     typer.Option(

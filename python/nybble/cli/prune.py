@@ -57,15 +57,7 @@ def prune(
             show_default="unstructured",
         ),
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calibration",
-            metavar="TEXTFILE",
-            help="Text that methods look at; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     calibration_tokens: Annotated[
         int | None,
         typer.Option(
@@ -80,9 +72,7 @@ def prune(
         int | None,
         typer.Option("--seed", metavar="S", min=0, help="Which parts of it.", show_default="0"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder if it exists.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     threads: options.Threads = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,

@@ -48,15 +48,7 @@ def sweep(
             show_default=False,
         ),
     ] = Path("sweep"),
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calibration",
-            metavar="TEXTFILE",
-            help="Text that methods look at; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     context: Annotated[
         int, typer.Option("--context", "-c", min=2, help="Tokens a window of the text.")
     ] = 1024,

@@ -303,10 +303,8 @@ class Sparse(PruneMethod):
         drop = int(self.ratio * (weights.shape[1] if self.among == "row" else weights.size))
         if few is not None:
             keep = _nybble.select(scores, few[0], few[1], threads)
-        elif self.among == "row":
-            keep = _nybble.select(scores, drop, "row", threads)
         else:
-            keep = _nybble.select(scores, drop, "all", threads)
+            keep = _nybble.select(scores, drop, "row" if self.among == "row" else "all", threads)
         stays = keep.view(np.bool_)
         return weights * stays, stays
 
