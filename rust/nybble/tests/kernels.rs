@@ -32,15 +32,21 @@ struct Weights {
 }
 
 impl Weights {
+    /// Codes of 7 bits are stored as those of 8 bits between 64 and 191.
     fn new(bits: u32, rows: usize, (cols, group): (usize, usize), asymmetric: bool, kind: Kind) -> Self {
         let mut random = Random((rows * 1000 + cols) as u64 ^ u64::from(bits));
-        let top = if bits == 4 { 15 } else { 255 };
+        let (least, mask) = match bits {
+            4 => (0, 15),
+            7 => (64, 127),
+            _ => (0, 255),
+        };
+        let top = least + mask;
         let groups = cols.div_ceil(group);
         let code = |i: usize, random: &mut Random| match kind {
-            Kind::AllMin => 0,
+            Kind::AllMin => least,
             Kind::AllMax => top,
-            Kind::Alternating => [top, 0][i % cols % 2],
-            _ => random.next() as u8 & top,
+            Kind::Alternating => [top, least][i % cols % 2],
+            _ => least + (random.next() as u8 & mask),
         };
         let scale = |i: usize, random: &mut Random| match kind {
             Kind::NotFinite if i.is_multiple_of(3) => 0.0,
@@ -48,7 +54,7 @@ impl Weights {
             _ => random.scale(),
         };
         Self {
-            bits,
+            bits: if bits == 4 { 4 } else { 8 },
             rows,
             cols,
             group,
@@ -165,6 +171,9 @@ fn check_matmul(kernels: fn() -> Vec<&'static dyn IntMatmul>, [bits_per_weight, 
                 for asymmetric in [false, true] {
                     let w = Weights::new(bits_per_weight, outputs, shape, asymmetric, kind);
                     let packed = w.pack(&pool);
+                    if bits_per_weight == 7 {
+                        assert_eq!(packed.narrow(), !asymmetric);
+                    }
                     let all = ROWS[ROWS.len() - 1];
                     let per = if outputs % 2 == 0 { Granularity::Token } else { Granularity::Group };
                     let rounding = Rounding { bits: x_bits, per };
@@ -206,7 +215,7 @@ fn check_threads(
 }
 
 macro_rules! tiers {
-    ($($isa:ident: $w4a8:ident $w8a8:ident $w4a4:ident $trip:ident;)*) => { $(
+    ($($isa:ident: $w4a8:ident $w8a8:ident $w7a7:ident $w4a4:ident $trip:ident;)*) => { $(
         #[test]
         fn $w4a8() {
             check_matmul(w4a8::kernels, [4, 8], Isa::$isa);
@@ -217,6 +226,12 @@ macro_rules! tiers {
         fn $w8a8() {
             check_matmul(w8a8::kernels, [8, 8], Isa::$isa);
             check_threads(w8a8::kernels, [8, 8], Isa::$isa);
+        }
+
+        #[test]
+        fn $w7a7() {
+            check_matmul(w8a8::kernels, [7, 8], Isa::$isa);
+            check_matmul(w8a8::kernels, [7, 7], Isa::$isa);
         }
 
         #[test]
@@ -235,13 +250,13 @@ macro_rules! tiers {
 }
 
 tiers! {
-    Scalar: w4a8_scalar w8a8_scalar w4a4_scalar w4a4_trip_scalar;
-    Avx2: w4a8_avx2 w8a8_avx2 w4a4_avx2 w4a4_trip_avx2;
-    AvxVnni: w4a8_avxvnni w8a8_avxvnni w4a4_avxvnni w4a4_trip_avxvnni;
-    Avx512Vnni: w4a8_avx512vnni w8a8_avx512vnni w4a4_avx512vnni w4a4_trip_avx512vnni;
-    Neon: w4a8_neon w8a8_neon w4a4_neon w4a4_trip_neon;
-    NeonDotprod: w4a8_neon_dotprod w8a8_neon_dotprod w4a4_neon_dotprod w4a4_trip_neon_dotprod;
-    NeonI8mm: w4a8_neon_i8mm w8a8_neon_i8mm w4a4_neon_i8mm w4a4_trip_neon_i8mm;
+    Scalar: w4a8_scalar w8a8_scalar w7a7_scalar w4a4_scalar w4a4_trip_scalar;
+    Avx2: w4a8_avx2 w8a8_avx2 w7a7_avx2 w4a4_avx2 w4a4_trip_avx2;
+    AvxVnni: w4a8_avxvnni w8a8_avxvnni w7a7_avxvnni w4a4_avxvnni w4a4_trip_avxvnni;
+    Avx512Vnni: w4a8_avx512vnni w8a8_avx512vnni w7a7_avx512vnni w4a4_avx512vnni w4a4_trip_avx512vnni;
+    Neon: w4a8_neon w8a8_neon w7a7_neon w4a4_neon w4a4_trip_neon;
+    NeonDotprod: w4a8_neon_dotprod w8a8_neon_dotprod w7a7_neon_dotprod w4a4_neon_dotprod w4a4_trip_neon_dotprod;
+    NeonI8mm: w4a8_neon_i8mm w8a8_neon_i8mm w7a7_neon_i8mm w4a4_neon_i8mm w4a4_trip_neon_i8mm;
 }
 
 #[test]

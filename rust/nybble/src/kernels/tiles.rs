@@ -21,6 +21,8 @@ pub(crate) struct Tile<'a> {
     pub(crate) cold: bool,
     /// Whether headers have zero points.
     pub(crate) asymmetric: bool,
+    /// Whether no weight is further than 64 codes from 0, see [`Packed::narrow`].
+    pub(crate) narrow: bool,
     /// Steps of 32 columns.
     pub(crate) steps: usize,
     /// Steps of every group but perhaps the last.
@@ -39,6 +41,8 @@ pub(crate) struct Rows<'a> {
     pub(crate) sums: &'a [i32],
     /// Groups of a row.
     pub(crate) groups: usize,
+    /// Bits of a code.
+    pub(crate) bits: u32,
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -107,6 +111,7 @@ pub(crate) unsafe fn walk<const MAX: usize>(
             bytes: w.tile_bytes(t),
             cold: true,
             asymmetric: w.asymmetric(),
+            narrow: w.narrow(),
             steps: w.cols().div_ceil(TILE_K),
             group_steps: w.group() / TILE_K,
         };

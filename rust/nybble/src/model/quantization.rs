@@ -6,7 +6,7 @@
 //! regular expression, then the class; what `ignore` fits is left as it is.
 //!
 //! Only what the kernels here compute exactly is accepted: 4- or 8-bit integers with a scale a group, a row or a tensor, and
-//! activations left alone or rounded to 8 or 4 bits while running. Anything else is refused by name.
+//! activations left alone or rounded to 8, 7 or 4 bits while running. Anything else is refused by name.
 
 use regex::Regex;
 use serde_json::{Map, Value};
@@ -78,7 +78,7 @@ pub enum InputGrouping {
 /// How the inputs of a linear are rounded while running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ActivationScheme {
-    /// 8 or 4.
+    /// 8, 7 or 4.
     pub bits: u32,
     /// What shares a scale.
     pub grouping: InputGrouping,
@@ -350,7 +350,7 @@ fn zero_type(key: &str, map: &Map<String, Value>, bits: u32) -> Result<ZeroPoint
 
 fn activations(key: &str, map: &Map<String, Value>) -> Result<ActivationScheme> {
     only(key, map, "type", &["int".into()])?;
-    only(key, map, "num_bits", &[8.into(), 4.into()])?;
+    only(key, map, "num_bits", &[8.into(), 7.into(), 4.into()])?;
     only(key, map, "symmetric", &[true.into()])?;
     let dynamic = map.get("dynamic").and_then(Value::as_bool);
     let grouping = match (text(map, "strategy"), dynamic) {

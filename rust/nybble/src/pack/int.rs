@@ -28,7 +28,7 @@
 //! power of two that puts its largest scale near the top of f16's range; the outputs are multiplied by the inverse.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use half::f16;
 
@@ -106,8 +106,12 @@ impl Packed {
         let plan = Plan::new(src)?;
         let scale_mul = scale_factor(src, plan.groups, pool)?;
         let tiles = src.rows.div_ceil(TILE_ROWS);
+        let narrow = AtomicBool::new(plan.layout == Layout::W8 && src.zeros.is_none());
         let data = Buffer::build(src.name, tiles, plan.tile_bytes, pool, &|t, tile| {
             plan.fill(t, tile, 1.0 / scale_mul);
+            if narrow.load(Ordering::Relaxed) && !plan.narrow(tile) {
+                narrow.store(false, Ordering::Relaxed);
+            }
         })?;
         Ok(Self {
             layout: plan.layout,
@@ -115,6 +119,7 @@ impl Packed {
             cols: src.cols,
             group: plan.group,
             asymmetric: src.zeros.is_some(),
+            narrow: narrow.into_inner(),
             scale_mul,
             tile_bytes: plan.tile_bytes,
             data,
@@ -325,6 +330,14 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// Whether all signed bytes of a tile lie in -64 ..= 63.
+    fn narrow(&self, tile: &[u8]) -> bool {
+        let header = header_bytes(false);
+        let groups = tile.chunks(header + self.group / TILE_K * self.layout.step_bytes());
+        let wide = |codes: &[u8]| codes.iter().fold(0, |seen, code| seen | code.wrapping_add(64)) & 128 != 0;
+        groups.map(|group| &group[header..]).all(|codes| !wide(codes))
+    }
+
     /// Writes lane `r` of the steps `steps` of a tile, which start at `offsets`, from row `row` of the source.
     fn fill_row(&self, tile: &mut [u8], r: usize, row: usize, steps: Range<usize>, offsets: &[usize; BLOCK]) {
         let width = if self.layout == Layout::W4 { TILE_K / 2 } else { TILE_K };
@@ -341,8 +354,8 @@ impl<'a> Plan<'a> {
             place(&mut tile[*offset..], r, source);
         }
         if tail {
-            // Behind the last column stand activations of 0, so any code will do there.
-            let mut last = [0; TILE_K];
+            // Behind the last column stand activations of 0, so any code will do there; the middle one is never too wide.
+            let mut last = [128; TILE_K];
             let left = self.src.cols - whole * TILE_K;
             let rest = &codes[whole * width..];
             let bytes = if self.layout == Layout::W4 { left.div_ceil(2) } else { left };

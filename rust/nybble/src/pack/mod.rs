@@ -70,6 +70,7 @@ pub struct Packed {
     /// Columns a scale, a multiple of [`TILE_K`]; 0 for float layouts.
     group: usize,
     asymmetric: bool,
+    narrow: bool,
     /// A power of two that multiplies every scale.
     scale_mul: f32,
     tile_bytes: usize,
@@ -86,7 +87,17 @@ impl Packed {
         data: Buffer,
     ) -> Self {
         debug_assert_eq!(data.bytes().len(), rows.div_ceil(TILE_ROWS) * tile_bytes);
-        Self { layout, rows, cols, group: 0, asymmetric: false, scale_mul: 1.0, tile_bytes, data }
+        Self {
+            layout,
+            rows,
+            cols,
+            group: 0,
+            asymmetric: false,
+            narrow: false,
+            scale_mul: 1.0,
+            tile_bytes,
+            data,
+        }
     }
 
     /// How the elements are stored.
@@ -133,6 +144,12 @@ impl Packed {
     /// When there is no such tile.
     pub(crate) fn tile_bytes(&self, t: usize) -> &[u8] {
         &self.data.bytes()[t * self.tile_bytes..][..self.tile_bytes]
+    }
+
+    /// Whether these are symmetric 8-bit codes of which none is further than 64 from the middle: codes of 7 bits. Two of
+    /// their products with 8-bit activations, four with 7-bit ones, can be added up in 16 bits.
+    pub fn narrow(&self) -> bool {
+        self.narrow
     }
 
     /// Whether integer tiles carry zero points.

@@ -38,7 +38,7 @@ use crate::error::{Error, Result};
 /// What a zero point may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zeros {
-    /// The middle code, 8 or 128: symmetric weights.
+    /// The middle code, 8, 64 or 128: symmetric weights.
     Middle,
     /// Any code.
     Whole,
@@ -49,10 +49,14 @@ pub enum Zeros {
 impl Zeros {
     /// Refuses bits that codes do not have, or not with these zero points.
     pub(super) fn check(self, bits: u32) -> Result<()> {
-        if bits == 4 || (bits == 8 && self != Self::Sixteenths) {
+        let (accepted, expected): (&[u32], _) = match self {
+            Self::Middle => (&[4, 7, 8], "4, 7 or 8"),
+            Self::Whole => (&[4, 8], "4 or 8 with zero points"),
+            Self::Sixteenths => (&[4], "4 with zero points in sixteenths"),
+        };
+        if accepted.contains(&bits) {
             return Ok(());
         }
-        let expected = if self == Self::Sixteenths { "4 with zero points in sixteenths" } else { "4 or 8" };
         Err(Error::argument("bits", expected, bits))
     }
 }
@@ -66,6 +70,8 @@ const STEPS_4: &[f32] = &[
 /// The same for 8 bits, where clipping pays only for groups much longer than a row of registers.
 const STEPS_8: &[f32] =
     &[127.0, 127.5, 128.0, 129.0, 130.0, 132.0, 134.0, 136.0, 140.0, 144.0, 150.0, 160.0, 176.0, 192.0];
+/// The same for 7 bits.
+const STEPS_7: &[f32] = &[63.0, 63.5, 64.0, 64.5, 65.0, 66.0, 67.0, 68.0, 70.0, 72.0, 76.0, 80.0, 88.0, 96.0];
 /// The range's length in steps, for asymmetric 4-bit groups.
 const SPANS_4: &[f32] = &[
     15.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.25, 15.5, 15.75, 16.0, 16.5, 17.0, 17.5,
@@ -221,7 +227,12 @@ pub(super) fn search(w: &[f32], h: &[f32], bits: u32, zeros: Zeros) -> Grid {
     }
     if zeros == Zeros::Middle {
         let reach = high.max(-low);
-        for steps in if bits == 4 { STEPS_4 } else { STEPS_8 } {
+        let candidates = match bits {
+            4 => STEPS_4,
+            7 => STEPS_7,
+            _ => STEPS_8,
+        };
+        for steps in candidates {
             best.offer(reach / steps, middle);
         }
         for _ in 0..ROUNDS {

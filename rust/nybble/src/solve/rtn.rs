@@ -19,7 +19,7 @@ use crate::threads::{MAX_THREADS, Pool};
 /// What to round to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rtn {
-    /// Bits of a code: 4 or 8.
+    /// Bits of a code: 4 or 8, or 7 with [`Zeros::Middle`].
     pub bits: u32,
     /// Weights that share a scale; 0, or anything from the row's length on, means the whole row. Where it does not divide
     /// the row the last group is shorter.
@@ -37,7 +37,7 @@ pub struct IntWeights {
     pub codes: Vec<u8>,
     /// One scale a group, row-major `[rows, groups]`; finite, not negative, exactly representable in f16.
     pub scales: Vec<f32>,
-    /// One zero point a group, in codes: whole or sixteenths; `None` for symmetric weights, where it is 8 or 128.
+    /// One zero point a group, in codes: whole or sixteenths; `None` for symmetric weights, where it is the middle code.
     pub zeros: Option<Vec<f32>>,
     /// Groups in a row.
     pub groups: usize,
@@ -209,9 +209,9 @@ mod tests {
 
     #[test]
     fn zeros_tiny_and_huge_weights_are_safe() {
-        for bits in [4, 8] {
+        for bits in [4, 7, 8] {
             for zeros in ALL {
-                if bits == 8 && zeros == Zeros::Sixteenths {
+                if zeros.check(bits).is_err() {
                     continue;
                 }
                 let settings = Rtn { bits, zeros, ..W4 };

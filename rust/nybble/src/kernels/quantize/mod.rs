@@ -1,7 +1,7 @@
-//! Float activations to integers of 8 or 4 bits, as the integer matmuls read them.
+//! Float activations to integers of 8, 7 or 4 bits, as the integer matmuls read them.
 //!
-//! A group of `group` neighbouring values of one row (or a whole row) shares a scale, `max|x| / 127` (with 4 bits,
-//! `max|x| / 7`), and each value becomes the nearest integer to `x / scale`, halves to even. Symmetric codes need no zero
+//! A group of `group` neighbouring values of one row (or a whole row) shares a scale, `max|x| / 127` (with 7
+//! bits `/ 63`, with 4 `/ 7`), and each value becomes the nearest integer to `x / scale`, halves to even. Symmetric codes need no zero
 //! point, and their sum, kept beside the scale, is all a matmul needs to take the weights' zero points into account. Codes of
 //! 4 bits take a byte each like the others: no CPU multiplies anything smaller.
 //!
@@ -36,7 +36,7 @@ pub enum Granularity {
 /// How values become integers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rounding {
-    /// 8 or 4.
+    /// 8, 7 or 4.
     pub bits: u32,
     /// What shares a scale.
     pub per: Granularity,
@@ -45,7 +45,11 @@ pub struct Rounding {
 impl Rounding {
     /// The largest code; the smallest is its negative.
     pub const fn largest(self) -> i8 {
-        if self.bits == 4 { 7 } else { 127 }
+        match self.bits {
+            4 => 7,
+            7 => 63,
+            _ => 127,
+        }
     }
 
     /// The same with 4 bits and the same range of values; [`Activations::quantize_source`] has codes of both in one matrix.
@@ -63,8 +67,8 @@ impl Rounding {
     const NARROW: Self = Self { bits: 4, per: Granularity::Token };
 
     fn check(self) -> Result<()> {
-        if !matches!(self.bits, 4 | 8) {
-            return Err(Error::argument("bits of activations", "4 or 8", self.bits));
+        if !matches!(self.bits, 4 | 7 | 8) {
+            return Err(Error::argument("bits of activations", "4, 7 or 8", self.bits));
         }
         match self.per {
             Granularity::Tensor(scale) if !(scale >= f32::MIN_POSITIVE && scale.is_finite()) => {
@@ -304,7 +308,7 @@ impl Activations {
         self.group
     }
 
-    /// Bits of a code: 8, or 4 for codes from -7 to 7. Of 8 bits some rows may use 4 only.
+    /// Bits of a code: 8, 7 for codes from -63 to 63, or 4 for codes from -7 to 7. Of more than 4 some rows may use 4 only.
     pub fn bits(&self) -> u32 {
         self.bits
     }
@@ -337,6 +341,7 @@ impl Activations {
             scales: &self.scales[first * self.groups..][..count * self.groups],
             sums: &self.sums[first * self.groups..][..count * self.groups],
             groups: self.groups,
+            bits: self.bits,
         }
     }
 }

@@ -4,6 +4,12 @@
 //! at most 128 and `|x|` at most 127 a pair is at most 32512: it never saturates. Two pairs would, so each is widened to 32
 //! bits at once by `vpmaddwd`. The magnitudes are made once for all rows.
 //!
+//! Where the weights are codes of 7 bits ([`Packed::narrow`]), adding 64 makes them unsigned, and the products of two columns
+//! with any activations are at most 2 * 127 * 127: no change of sign is needed, and `64 * sum(activations)` is taken off once
+//! a group. Where the activations have 7 bits, too, those of four columns are at most 4 * 127 * 63, so two pairs are added
+//! before they are widened: three multiplications for 64 products, in place of six. In groups of 128 that runs at 1.6 times
+//! the speed of 8 bits with 8.
+//!
 //! The change of sign takes one of the two multiplication slots a cycle (measured on Zen 3), so three instructions for 32
 //! products set the pace. Tried and lost: widening both sides to 16 bits for `vpmaddwd` alone, which is two instructions. With
 //! the activations widened once for all tiles, two rows by a whole tile run at 0.97 of this, four by half a tile at 0.7:
@@ -22,6 +28,9 @@ const STEP: usize = Layout::W8.step_bytes();
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+    if tile.narrow {
+        return if x.bits < 8 { narrow::<2>(tile, x, out) } else { narrow::<1>(tile, x, out) };
+    }
     match (out.len(), tile.asymmetric) {
         (1, false) => rows::<1, false>(tile, x, out),
         (2, false) => rows::<2, false>(tile, x, out),
@@ -83,6 +92,72 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
                     let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*x.scales.get_unchecked(at)));
                     y[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, y[m][half]);
                 }
+            }
+        }
+    }
+    x86::store(out, &y);
+}
+
+/// Weights of 7 bits; `PAIRS` chunks are added up in 16 bits.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn narrow<const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+    match out.len() {
+        1 => narrow_rows::<1, PAIRS>(tile, x, out),
+        2 => narrow_rows::<2, PAIRS>(tile, x, out),
+        3 => narrow_rows::<3, PAIRS>(tile, x, out),
+        _ => narrow_rows::<4, PAIRS>(tile, x, out),
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn narrow_rows<const M: usize, const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+    assert!(out.len() == M && tile.narrow && !tile.asymmetric && (PAIRS == 1 || x.bits < 8));
+    tile.check(x, M, STEP);
+    let chunks = if M > 1 { opaque(8 / PAIRS) } else { 8 / PAIRS };
+    let ones = _mm256_set1_epi16(1);
+    let offset = _mm256_set1_epi8(64);
+    let mut y = [[_mm256_setzero_ps(); 2]; M];
+    let mut weights = tile.bytes.as_ptr();
+    let mut codes = x.codes.as_ptr();
+    for g in 0..x.groups {
+        let header = weights;
+        // SAFETY: as in `rows`.
+        unsafe {
+            weights = weights.add(tile.header());
+            let mut sums = [[_mm256_setzero_si256(); 2]; M];
+            for (m, sums) in sums.iter_mut().enumerate() {
+                *sums = [_mm256_set1_epi32(-64 * *x.sums.get_unchecked(m * x.groups + g)); 2];
+            }
+            for _ in 0..tile.steps_of(g) {
+                if tile.cold {
+                    fetch_ahead::<STEP>(weights);
+                }
+                for _ in 0..chunks {
+                    let chunk = weights.cast::<__m256i>();
+                    let w: [[__m256i; 2]; PAIRS] = std::array::from_fn(|pair| {
+                        std::array::from_fn(|half| {
+                            _mm256_add_epi8(offset, _mm256_loadu_si256(chunk.add(2 * pair + half)))
+                        })
+                    });
+                    for (m, sums) in sums.iter_mut().enumerate() {
+                        let four = codes.add(m * x.stride).cast::<i32>();
+                        let x: [__m256i; PAIRS] =
+                            std::array::from_fn(|pair| _mm256_set1_epi32(four.add(pair).read_unaligned()));
+                        for half in 0..2 {
+                            let mut pairs = _mm256_maddubs_epi16(w[0][half], x[0]);
+                            for pair in 1..PAIRS {
+                                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[pair][half], x[pair]));
+                            }
+                            sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
+                        }
+                    }
+                    weights = weights.add(64 * PAIRS);
+                    codes = codes.add(4 * PAIRS);
+                }
+            }
+            let scales = x86::scales(header);
+            for m in 0..M {
+                x86::finish_group(&mut y[m], sums[m], scales, *x.scales.get_unchecked(m * x.groups + g));
             }
         }
     }
