@@ -51,6 +51,7 @@ class Arm:
 ARMS = (
     Arm("nybble", "f32", ("nybble",)),
     Arm("nybble", "w8a8", ("nybble",)),
+    Arm("nybble", "w7a7", ("nybble",)),
     Arm("nybble", "w4a8", ("nybble",)),
     Arm("nybble", "w8a8", ("nybble",), "random"),
     Arm("nybble", "w8a8", ("nybble",), "zero_tprune"),
@@ -116,8 +117,7 @@ def prepare(
         if not target.exists():
             from nybble.compress import compress
 
-            recipe = {"weights": {"bits": int(arm.form[1])}, "activations": {"bits": 8}}
-            compress(source, target, recipe=recipe, progress=False)
+            compress(source, target, recipe=arm.form, progress=False)
     if arm.engine == "onnxruntime":
         for size in sizes:
             _onnx(source, work / f"onnx-f32-{size}.onnx", size)

@@ -34,11 +34,8 @@ from nybble.compress import compress
 
 Floats = npt.NDArray[np.float32]
 
-#: What the compressed folders are made with.
-SCHEMES: dict[str, dict[str, Any]] = {
-    "w8a8": {"weights": {"bits": 8}, "activations": {"bits": 8}},
-    "w4a8": {"weights": {"bits": 4}, "activations": {"bits": 8}},
-}
+#: Recipes of the compressed folders.
+SCHEMES = ("w8a8", "w7a7", "w4a8")
 _STEP = 8
 
 
@@ -129,8 +126,8 @@ def saliency(onnx: Path, data: Path, work: Path, count: int) -> dict[str, Any]:
         ),
         "f32: maps against onnxruntime, relative": relative(wanted[: len(some)], reference),
     }
-    for name, recipe in SCHEMES.items():
-        compress(folder, work / f"dinov2-{name}", recipe=recipe, progress=False)
+    for name in SCHEMES:
+        compress(folder, work / f"dinov2-{name}", recipe=name, progress=False)
         small = maps(nybble.load(work / f"dinov2-{name}"), head, pixels)
         found[f"{name}: IoU of maps with f32"] = overlap(small, wanted)
     return found
@@ -150,8 +147,8 @@ def cifar(file: Path, data: Path, work: Path) -> dict[str, Any]:
         "f32: scores against torch, relative": relative(scores, torch_cifar(file, pixels)),
         "f32: right": float((scores.argmax(1) == truth).mean()),
     }
-    for name, recipe in SCHEMES.items():
-        compress(folder, work / f"cifar-{name}", recipe=recipe, progress=False)
+    for name in SCHEMES:
+        compress(folder, work / f"cifar-{name}", recipe=name, progress=False)
         small = nybble.load(work / f"cifar-{name}").encode(pixels).logits
         found[f"{name}: right"] = float((small.argmax(1) == truth).mean())
         found[f"{name}: the class of f32"] = float((small.argmax(1) == scores.argmax(1)).mean())

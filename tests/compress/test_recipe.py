@@ -17,12 +17,12 @@ def test_defaults_are_four_bits_with_zero_points_and_eight_for_the_tables():
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "inputs", "symmetric"),
-    [("w4a16", 4, 16, False), ("w4a8", 4, 8, False), ("w8a8", 8, 8, True)],
+    ("name", "bits", "group", "inputs"),
+    [("w4a16", 4, 32, 16), ("w4a8", 4, 32, 8), ("w7a7", 7, 128, 7), ("w8a8", 8, 32, 8)],
 )
-def test_shipped_recipes(name, bits, inputs, symmetric):
+def test_shipped_recipes(name, bits, group, inputs):
     assert shipped()[name]
-    assert read(name).linear_scheme("down") == Scheme(bits, 32, symmetric, inputs, "group")
+    assert read(name).linear_scheme("down") == Scheme(bits, group, bits > 4, inputs, "group")
 
 
 def test_a_file_a_mapping_and_what_is_written_back_agree(tmp_path):
@@ -57,7 +57,8 @@ def test_options_take_the_place_of_what_a_recipe_says():
     [
         ({"weigths": {}}, ["'weigths'", "did you mean weights"]),
         ({"weights": {"bit": 4}}, ["key in weights 'bit'", "did you mean bits"]),
-        ({"weights": {"bits": 5}}, ["weights.bits", "4, 8, 16", "5"]),
+        ({"weights": {"bits": 5}}, ["weights.bits", "4, 7, 8, 16", "5"]),
+        ({"weights": {"bits": 7, "symmetric": False}}, ["weights.symmetric", "False"]),
         ({"weights": {"bits": True}}, ["weights.bits", "True"]),
         ({"weights": {"bits": 8.0}}, ["weights.bits", "8.0"]),
         ({"weights": {"group": 48}}, ["weights.group", "48"]),
@@ -65,7 +66,7 @@ def test_options_take_the_place_of_what_a_recipe_says():
         ({"weights": 4}, ["weights", "mapping"]),
         ({"weights": {"method": 4}}, ["weights.method", "name"]),
         ({"weights": {"method": {"name": "rtn", "damp": 1}}}, ["'damp'"]),
-        ({"activations": {"bits": 6}}, ["activations.bits", "4, 8, 16"]),
+        ({"activations": {"bits": 6}}, ["activations.bits", "4, 7, 8, 16"]),
         ({"activations": {"roles": {"dwn": 4}}}, ["role 'dwn'", "did you mean down"]),
         ({"activations": {"roles": {"down": 5}}}, ["activations.roles.down", "5"]),
         ({"activations": {"roles": 4}}, ["activations.roles", "mapping"]),

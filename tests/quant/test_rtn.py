@@ -42,12 +42,13 @@ def test_a_case_worked_by_hand():
         st.tuples(st.integers(1, 5), st.sampled_from([32, 64, 96])),
         elements=st.floats(-8, 8, width=32, allow_subnormal=False),
     ),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([4, 7, 8]),
     symmetric=st.booleans(),
     whole=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
 def test_never_worse_than_the_textbook(weights, bits, symmetric, whole):
+    symmetric = symmetric or bits == 7
     scheme = Scheme(bits, 32, symmetric, whole_zeros=whole)
     done = Rtn().quantize(weights, scheme, threads=2)
     assert np.array_equal(done.scales, done.scales.astype(np.float16))
@@ -110,7 +111,14 @@ def test_a_group_that_does_not_divide_gives_way(asked, cols, fitted):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 5}, {"group": 48}, {"activations": 2}, {"strategy": "channel"}]
+    "settings",
+    [
+        {"bits": 5},
+        {"group": 48},
+        {"activations": 2},
+        {"strategy": "channel"},
+        {"symmetric": False, "bits": 7},
+    ],
 )
 def test_schemes_outside_the_kernels_are_refused(settings):
     with pytest.raises(ArgumentError, match=next(iter(settings))):

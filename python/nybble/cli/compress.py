@@ -42,8 +42,8 @@ def compress(
         int | None,
         typer.Option(
             "--weights",
-            metavar="4|8|16",
-            callback=_one_of((4, 8, 16)),
+            metavar="4|7|8|16",
+            callback=_one_of((4, 7, 8, 16)),
             help="Bits a weight; 16 leaves them in float.",
             show_default="the recipe's, 4 without one",
         ),
@@ -52,8 +52,8 @@ def compress(
         int | None,
         typer.Option(
             "--activations",
-            metavar="4|8|16",
-            callback=_one_of((4, 8, 16)),
+            metavar="4|7|8|16",
+            callback=_one_of((4, 7, 8, 16)),
             help="Bits of the activations; 16 leaves them in float.",
             show_default="the recipe's, 8 without one",
         ),

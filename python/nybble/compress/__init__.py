@@ -44,7 +44,8 @@ def compress(
         The folder to make. It appears when everything is written and checked; a run that fails or
         is killed leaves nothing under its name.
     weights
-        Bits a weight: 4, 8, or 16 to leave them in float. Without it the recipe's; 4 without one.
+        Bits a weight: 4, 7, 8, or 16 to leave them in float. Without it the recipe's, 4 without
+        one.
     activations
         Bits of the inputs of linears: 8, or 16 to leave them in float. Default 8.
     group

@@ -396,19 +396,22 @@ class _Writing:
     ) -> None:
         """Put the integers of rows from `start` on in their places."""
         name, cols = item.name, item.shape[1]
-        groups, row_bytes = scheme.groups(cols), 4 * words(cols, scheme.bits)
-        packed = pack(done.codes, scheme.bits)
+        bits = scheme.stored_bits
+        groups, row_bytes = scheme.groups(cols), 4 * words(cols, bits)
+        # The middle code stays the middle code.
+        middle = (1 << bits - 1) - (1 << scheme.bits - 1)
+        packed = pack(done.codes + np.uint8(middle), bits)
         writer.write_at(f"{name}.weight_packed", start * row_bytes, packed.data)
         scales = done.scales.astype("<f2")
         writer.write_at(f"{name}.weight_scale", start * groups * 2, scales.data)
         if done.zeros is None:
             return
         if scheme.zeros == "sixteenths":
-            zeros = (done.zeros - 2 ** (scheme.bits - 1)).astype("<f2")
+            zeros = (done.zeros - 2 ** (bits - 1)).astype("<f2")
             writer.write_at(f"{name}.weight_zero_point", start * groups * 2, zeros.data)
         else:
-            word = start // rows_per_word(scheme.bits)
-            packed = pack_zeros(done.zeros.astype(np.uint8), scheme.bits)
+            word = start // rows_per_word(bits)
+            packed = pack_zeros(done.zeros.astype(np.uint8), bits)
             writer.write_at(f"{name}.weight_zero_point", word * groups * 4, packed.data)
 
     def _float(self, item: Item, writer: _nybble.SafeTensorsWriter) -> tuple[float, float]:

@@ -69,14 +69,14 @@ def entries(
     """Return name, type and shape of the tensors that hold a matrix ``[rows, cols]``."""
     groups = scheme.groups(cols)
     tensors: list[tuple[str, str, tuple[int, ...]]] = [
-        (f"{module}.weight_packed", "I32", (rows, words(cols, scheme.bits))),
+        (f"{module}.weight_packed", "I32", (rows, words(cols, scheme.stored_bits))),
         (f"{module}.weight_scale", "F16", (rows, groups)),
         (f"{module}.weight_shape", "I64", (2,)),
     ]
     if scheme.zeros == "sixteenths":
         tensors.append((f"{module}.weight_zero_point", "F16", (rows, groups)))
     elif scheme.zeros == "whole":
-        zeros = (words(rows, scheme.bits), groups)
+        zeros = (words(rows, scheme.stored_bits), groups)
         tensors.append((f"{module}.weight_zero_point", "I32", zeros))
     if scheme.static:
         tensors.append((f"{module}.input_scale", "F32", (1,)))
@@ -131,7 +131,7 @@ def quantization_config(modules: Sequence[Module], tied: Iterable[str] = ()) -> 
 def _weights(scheme: Scheme) -> dict[str, Any]:
     strategy = "channel" if scheme.group is None else "group"
     section: dict[str, Any] = {
-        "num_bits": scheme.bits,
+        "num_bits": scheme.stored_bits,
         "type": "int",
         "symmetric": scheme.symmetric,
         "strategy": strategy,

@@ -39,7 +39,7 @@ class Scheme:
     Parameters
     ----------
     bits
-        Bits a weight: 4 or 8.
+        Bits a weight: 4 or 8; or 7, symmetric codes that are stored as those of 8 bits are.
     group
         Weights of a row that share a scale; ``None`` for the whole row.
     symmetric
@@ -48,7 +48,7 @@ class Scheme:
         Whether zero points are whole codes where they could be sixteenths (asymmetric groups of
         4-bit weights). Then a weight of 0 stays 0.
     activations
-        Bits of the activations: 8 or 4, or 16 to leave them in float.
+        Bits of the activations: 8, 7 or 4, or 16 to leave them in float.
     strategy
         Of activations that are rounded: one scale a token (``"token"``) or one for each of its
         groups (``"group"``), which are the weights' groups; or one for all that a linear ever reads
@@ -64,14 +64,17 @@ class Scheme:
 
     def __post_init__(self) -> None:
         for name, found, accepted in (
-            ("bits", self.bits, (4, 8)),
+            ("bits", self.bits, (4, 7, 8)),
             ("group", self.group, (*GROUPS, None)),
-            ("activations", self.activations, (4, 8, 16)),
+            ("activations", self.activations, (4, 7, 8, 16)),
             ("strategy", self.strategy, ("group", "token", "tensor")),
         ):
             if found not in accepted:
                 message = f"{name}: expected one of {accepted}, found {found!r}"
                 raise ArgumentError(message)
+        if self.bits == 7 and not self.symmetric:
+            message = "symmetric: expected True for 7-bit weights, found False"
+            raise ArgumentError(message)
         # Equal schemes are to compare equal: the setting says nothing where it does not apply.
         applies = not self.symmetric and self.bits == 4 and self.group is not None
         object.__setattr__(self, "whole_zeros", self.whole_zeros and applies)
@@ -90,6 +93,11 @@ class Scheme:
     def groups(self, cols: int) -> int:
         """Return the number of groups in a row of `cols` weights."""
         return 1 if self.group is None else cols // self.group
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a code in a file."""
+        return 8 if self.bits == 7 else self.bits
 
     @property
     def static(self) -> bool:

@@ -113,7 +113,9 @@ fn narrow<const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]
 fn narrow_rows<const M: usize, const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
     assert!(out.len() == M && tile.narrow && !tile.asymmetric && (PAIRS == 1 || x.bits < 8));
     tile.check(x, M, STEP);
-    let chunks = if M > 1 { opaque(8 / PAIRS) } else { 8 / PAIRS };
+    if M > 1 {
+        opaque(0); // aligns the stack
+    }
     let ones = _mm256_set1_epi16(1);
     let offset = _mm256_set1_epi8(64);
     let mut y = [[_mm256_setzero_ps(); 2]; M];
@@ -128,32 +130,30 @@ fn narrow_rows<const M: usize, const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>
             for (m, sums) in sums.iter_mut().enumerate() {
                 *sums = [_mm256_set1_epi32(-64 * *x.sums.get_unchecked(m * x.groups + g)); 2];
             }
-            for _ in 0..tile.steps_of(g) {
-                if tile.cold {
+            for chunk in 0..8 / PAIRS * tile.steps_of(g) {
+                if tile.cold && chunk % (8 / PAIRS) == 0 {
                     fetch_ahead::<STEP>(weights);
                 }
-                for _ in 0..chunks {
-                    let chunk = weights.cast::<__m256i>();
-                    let w: [[__m256i; 2]; PAIRS] = std::array::from_fn(|pair| {
-                        std::array::from_fn(|half| {
-                            _mm256_add_epi8(offset, _mm256_loadu_si256(chunk.add(2 * pair + half)))
-                        })
-                    });
-                    for (m, sums) in sums.iter_mut().enumerate() {
-                        let four = codes.add(m * x.stride).cast::<i32>();
-                        let x: [__m256i; PAIRS] =
-                            std::array::from_fn(|pair| _mm256_set1_epi32(four.add(pair).read_unaligned()));
-                        for half in 0..2 {
-                            let mut pairs = _mm256_maddubs_epi16(w[0][half], x[0]);
-                            for pair in 1..PAIRS {
-                                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[pair][half], x[pair]));
-                            }
-                            sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
+                let chunk = weights.cast::<__m256i>();
+                let w: [[__m256i; 2]; PAIRS] = std::array::from_fn(|pair| {
+                    std::array::from_fn(|half| {
+                        _mm256_add_epi8(offset, _mm256_loadu_si256(chunk.add(2 * pair + half)))
+                    })
+                });
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    let four = codes.add(m * x.stride).cast::<i32>();
+                    let x: [__m256i; PAIRS] =
+                        std::array::from_fn(|pair| _mm256_set1_epi32(four.add(pair).read_unaligned()));
+                    for half in 0..2 {
+                        let mut pairs = _mm256_maddubs_epi16(w[0][half], x[0]);
+                        for pair in 1..PAIRS {
+                            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[pair][half], x[pair]));
                         }
+                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
                     }
-                    weights = weights.add(64 * PAIRS);
-                    codes = codes.add(4 * PAIRS);
                 }
+                weights = weights.add(64 * PAIRS);
+                codes = codes.add(4 * PAIRS);
             }
             let scales = x86::scales(header);
             for m in 0..M {
