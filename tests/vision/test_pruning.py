@@ -238,6 +238,25 @@ def test_learned_tokens_stay(name, tmp_path):
                 ours.encode(pixels(1), tokens=method)
 
 
+@pytest.mark.parametrize("name", ["siglip", "siglip-classifier"])
+def test_a_merged_token_counts_in_the_pooling_as_often_as_its_patches(name, tmp_path):
+    model = save(name, tmp_path)
+    values = pixels(2)
+    found = nybble.load(tmp_path).encode(values, tokens=ToMe((1, 2), (9, 5)))
+    plain = nybble.load(tmp_path).encode(values, tokens=ToMe((1, 2), (9, 5), proportional=False))
+    for many, weighted in ((found, True), (plain, False)):
+        for index in range(2):
+            sizes = np.bincount(many.owners[index]) if weighted else 1
+            assert weighted is False or sizes.max() > 1
+            tokens = torch.from_numpy(many.tokens[index].repeat(sizes, axis=0)[None])
+            with torch.no_grad():
+                embedding = model.vision_model.head(tokens)
+                assert np.allclose(many.embedding[index], embedding[0], atol=1e-4)
+                if name == "siglip-classifier":
+                    logits = model.classifier(tokens.mean(dim=1))
+                    assert np.allclose(many.logits[index], logits[0], atol=1e-4)
+
+
 def test_compressed_models_prune_as_well(folder, tmp_path):
     recipe = {"weights": {"bits": 8}, "activations": {"bits": 8}}
     nybble.compress(folder, tmp_path / "small", recipe=recipe, progress=False)

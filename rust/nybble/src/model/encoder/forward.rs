@@ -143,8 +143,8 @@ fn chunk(
         out.places.extend_from_slice(&reduction.places);
         out.owners.extend_from_slice(&reduction.owners);
     }
-    classify(run, spec, weights, images, memory, &mut out.logits)?;
-    pool(run, model, images, memory, &mut out.embedding)
+    classify(run, spec, weights, images, reduction.as_ref(), memory, &mut out.logits)?;
+    pool(run, model, images, reduction.as_ref(), memory, &mut out.embedding)
 }
 
 /// `x = [learned tokens; patches W + b + positions]` of every image.
@@ -256,22 +256,28 @@ fn classify(
     spec: &EncoderSpec,
     weights: &Weights,
     images: usize,
+    reduction: Option<&Reduction<'_>>,
     memory: &mut Memory,
     logits: &mut Vec<f32>,
 ) -> Result<()> {
     let Memory { scratch: s, pooled, scores, .. } = memory;
     let (hidden, labels, first) = (spec.hidden, spec.labels(), logits.len());
     let image = s.x.len() / images;
+    let patches = weights.learned.len()..image;
+    let mean = |index: usize, tokens: &[f32], pooled: &mut Vec<f32>| {
+        let sizes = reduction.and_then(|reduction| reduction.sizes(index, image / hidden));
+        mean(&tokens[patches.clone()], hidden, sizes.map(|sizes| &sizes[patches.start / hidden..]), pooled);
+    };
     logits.resize(first + images * labels, 0.0);
     for (linear, reads) in &weights.heads {
         pooled.clear();
-        for tokens in s.x.chunks_exact(image) {
+        for (index, tokens) in s.x.chunks_exact(image).enumerate() {
             match reads {
                 Reads::Token(token) => pooled.extend_from_slice(&tokens[token * hidden..][..hidden]),
-                Reads::PatchMean => mean(&tokens[weights.learned.len()..], hidden, pooled),
+                Reads::PatchMean => mean(index, tokens, pooled),
                 Reads::ClassAndPatchMean => {
                     pooled.extend_from_slice(&tokens[..hidden]);
-                    mean(&tokens[weights.learned.len()..], hidden, pooled);
+                    mean(index, tokens, pooled);
                 }
             }
         }
@@ -285,14 +291,15 @@ fn classify(
     Ok(())
 }
 
-/// Appends the mean of rows of `width`.
-fn mean(rows: &[f32], width: usize, out: &mut Vec<f32>) {
+/// Appends the mean of rows of `width`, each counted as often as `sizes` says.
+fn mean(rows: &[f32], width: usize, sizes: Option<&[f32]>, out: &mut Vec<f32>) {
     let first = out.len();
     out.resize(first + width, 0.0);
-    for row in rows.chunks_exact(width) {
-        out[first..].iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    for (i, row) in rows.chunks_exact(width).enumerate() {
+        let size = sizes.map_or(1.0, |sizes| sizes[i]);
+        out[first..].iter_mut().zip(row).for_each(|(sum, x)| *sum += size * x);
     }
-    let count = (rows.len() / width) as f32;
+    let count = sizes.map_or((rows.len() / width) as f32, |sizes| sizes.iter().sum());
     out[first..].iter_mut().for_each(|sum| *sum /= count);
 }
 
@@ -301,6 +308,7 @@ fn pool(
     run: Run<'_>,
     model: &Encoder,
     images: usize,
+    reduction: Option<&Reduction<'_>>,
     memory: &mut Memory,
     embedding: &mut Vec<f32>,
 ) -> Result<()> {
@@ -317,7 +325,7 @@ fn pool(
                 norm.rows(run, &class, pooled);
             }
         }
-        LoadedPooling::Attention(pooling) => attention_pool(run, model, pooling, images, memory)?,
+        LoadedPooling::Attention(pooling) => attention_pool(run, model, pooling, images, reduction, memory)?,
     }
     let first = embedding.len();
     let Memory { scratch: s, pooled, .. } = memory;
@@ -336,6 +344,7 @@ fn attention_pool(
     model: &Encoder,
     pooling: &AttentionPool,
     images: usize,
+    reduction: Option<&Reduction<'_>>,
     memory: &mut Memory,
 ) -> Result<()> {
     let hidden = model.spec.hidden;
@@ -359,9 +368,14 @@ fn attention_pool(
         log2: false,
     };
     fit(&mut s.att, images * hidden);
-    for (kv, out) in s.qkv.chunks_exact(n / images * 2 * hidden).zip(s.att.chunks_exact_mut(hidden)) {
+    let n = n / images;
+    let images_of = s.qkv.chunks_exact(n * 2 * hidden).zip(s.att.chunks_exact_mut(hidden));
+    for (index, (kv, out)) in images_of.enumerate() {
         cache.truncate(0);
-        cache.append(run.pool, kv, &kv[hidden..], n / images, 2 * hidden)?;
+        cache.append(run.pool, kv, &kv[hidden..], n, 2 * hidden)?;
+        let sizes = reduction.and_then(|reduction| reduction.sizes(index, n));
+        let bias: Option<Vec<f32>> = sizes.map(|sizes| sizes.iter().map(|size| size.ln()).collect());
+        let shape = attention::Shape { bias: bias.as_deref(), ..shape };
         let kernel = run.kernels.attention;
         attention::attend(run.pool, kernel, &shape, cache, &pooling.query, hidden, 1, out, &mut s.attention)?;
     }

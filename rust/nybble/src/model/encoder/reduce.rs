@@ -70,6 +70,11 @@ impl<'a> Reduction<'a> {
         }
     }
 
+    /// How many patches each of one image's `n` tokens stands for, where it counts as often as that.
+    pub(super) fn sizes(&self, image: usize, n: usize) -> Option<&[f32]> {
+        self.policy.method.proportional().then(|| &self.sizes[image * n..][..n])
+    }
+
     /// What is added to the scores of one image's `n` keys.
     pub(super) fn bias(&self, image: usize, n: usize) -> Option<&[f32]> {
         (!self.bias.is_empty()).then(|| &self.bias[image * n..][..n])
