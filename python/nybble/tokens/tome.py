@@ -25,7 +25,8 @@ class ToMe(PatchMethod):
 
     What differs here: the tokens that are left keep the order of their places in the image, so that
     which are compared in the next layer differs from the released code, which puts those merged
-    into behind the others. The query of SigLIP's attention pooling does not count sizes.
+    into behind the others. Poolings that read all tokens (a mean, SigLIP's attention) count each as
+    often as its size, but not those of a transformers model under :func:`nybble.tokens.apply`.
 
     Parameters
     ----------
