@@ -36,14 +36,18 @@ fn noise(len: usize) -> Vec<u8> {
 }
 
 fn weights(pool: &Pool, bits: u32, (rows, cols): (usize, usize), group: usize) -> Packed {
-    let row_bytes = cols * bits as usize / 8;
-    let codes = noise(rows * row_bytes);
+    let stored = if bits == 4 { 4 } else { 8 };
+    let row_bytes = cols * stored / 8;
+    let mut codes = noise(rows * row_bytes);
+    if bits == 7 {
+        codes.iter_mut().for_each(|code| *code = 64 + *code / 2);
+    }
     let scales = vec![0.01; rows * cols / group];
     let source = IntSource {
         name: "bench",
         rows,
         cols,
-        bits,
+        bits: stored as u32,
         group,
         codes: &codes,
         row_bytes,
@@ -72,7 +76,7 @@ fn activations(pool: &Pool, bits: u32, rows: usize, cols: usize, group: usize) -
     activations
 }
 
-fn matmul(c: &mut Criterion, op: &str, bits: u32, kernels: &[&'static dyn IntMatmul]) {
+fn matmul(c: &mut Criterion, op: &str, [bits, x_bits]: [u32; 2], kernels: &[&'static dyn IntMatmul]) {
     let pool = pool();
     for (name, shape, rows) in [("decode", LARGE, 1), ("prefill", SMALL, PREFILL_ROWS)] {
         let mut group = c.benchmark_group(format!("{op}/{name}"));
@@ -82,9 +86,7 @@ fn matmul(c: &mut Criterion, op: &str, bits: u32, kernels: &[&'static dyn IntMat
             .warm_up_time(Duration::from_millis(300));
         for columns in [32, 128] {
             let w = weights(&pool, bits, shape, columns);
-            // The oracle of w4a4 is that of w4a8, and takes any.
-            let bits = kernels.iter().map(|kernel| kernel.activation_bits()).min().unwrap_or(8);
-            let x = activations(&pool, bits, rows, shape.1, columns);
+            let x = activations(&pool, x_bits, rows, shape.1, columns);
             let mut y = vec![0.0; rows * shape.0];
             group.throughput(if rows == 1 {
                 Throughput::Bytes(w.bytes() as u64)
@@ -105,10 +107,11 @@ fn matmul(c: &mut Criterion, op: &str, bits: u32, kernels: &[&'static dyn IntMat
 }
 
 fn integer_matmuls(c: &mut Criterion) {
-    matmul(c, "w4a8", 4, &w4a8::kernels());
-    matmul(c, "w8a8", 8, &w8a8::kernels());
-    matmul(c, "w4a4", 4, &w4a4::kernels());
-    matmul(c, "w4a4_trip", 4, &w4a4_trip::kernels());
+    matmul(c, "w4a8", [4, 8], &w4a8::kernels());
+    matmul(c, "w8a8", [8, 8], &w8a8::kernels());
+    matmul(c, "w7a7", [7, 7], &w8a8::kernels());
+    matmul(c, "w4a4", [4, 4], &w4a4::kernels());
+    matmul(c, "w4a4_trip", [4, 4], &w4a4_trip::kernels());
 }
 
 fn quantizing(c: &mut Criterion) {
