@@ -40,7 +40,9 @@ fn weights(pool: &Pool, bits: u32, (rows, cols): (usize, usize), group: usize) -
     let row_bytes = cols * stored / 8;
     let mut codes = noise(rows * row_bytes);
     if bits == 7 {
-        codes.iter_mut().for_each(|code| *code = 64 + *code / 2);
+        for code in &mut codes {
+            *code = 64 + *code / 2;
+        }
     }
     let scales = vec![0.01; rows * cols / group];
     let source = IntSource {

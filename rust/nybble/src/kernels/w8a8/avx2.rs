@@ -26,31 +26,43 @@ int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W8, 4, block);
 
 const STEP: usize = Layout::W8.step_bytes();
 
+/// What makes codes of 7 bits unsigned.
+const NARROW: i32 = 64;
+
 #[target_feature(enable = "avx2,fma,f16c")]
 fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    if tile.narrow {
-        return if x.bits < 8 { narrow::<2>(tile, x, out) } else { narrow::<1>(tile, x, out) };
-    }
-    match (out.len(), tile.asymmetric) {
-        (1, false) => rows::<1, false>(tile, x, out),
-        (2, false) => rows::<2, false>(tile, x, out),
-        (3, false) => rows::<3, false>(tile, x, out),
-        (_, false) => rows::<4, false>(tile, x, out),
-        (1, true) => rows::<1, true>(tile, x, out),
-        (2, true) => rows::<2, true>(tile, x, out),
-        (3, true) => rows::<3, true>(tile, x, out),
-        (_, true) => rows::<4, true>(tile, x, out),
+    match (tile.asymmetric, tile.narrow, x.bits < 8) {
+        (true, ..) => block_of::<0, true>(tile, x, out),
+        (false, false, _) => block_of::<0, false>(tile, x, out),
+        (false, true, false) => block_of::<1, false>(tile, x, out),
+        (false, true, true) => block_of::<2, false>(tile, x, out),
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+fn block_of<const PAIRS: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
+    match out.len() {
+        1 => rows::<1, PAIRS, ASYMMETRIC>(tile, x, out),
+        2 => rows::<2, PAIRS, ASYMMETRIC>(tile, x, out),
+        3 => rows::<3, PAIRS, ASYMMETRIC>(tile, x, out),
+        _ => rows::<4, PAIRS, ASYMMETRIC>(tile, x, out),
+    }
+}
+
+/// `PAIRS` chunks are added up in 16 bits, which takes narrow weights; 0 is for weights of all 8 bits.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn rows<const M: usize, const PAIRS: usize, const ASYMMETRIC: bool>(
+    tile: &Tile<'_>,
+    x: &Rows<'_>,
+    out: &mut [Outputs],
+) {
     assert!(out.len() == M && tile.asymmetric == ASYMMETRIC);
+    assert!((PAIRS == 0 || tile.narrow) && (PAIRS < 2 || x.bits < 8));
     tile.check(x, M, STEP);
     if M > 1 {
         opaque(0); // aligns the stack
     }
-    let ones = _mm256_set1_epi16(1);
+    let turns = 8 / PAIRS.max(1);
     let mut y = [[_mm256_setzero_ps(); 2]; M];
     let mut weights = tile.bytes.as_ptr();
     let mut codes = x.codes.as_ptr();
@@ -61,99 +73,31 @@ fn rows<const M: usize, const ASYMMETRIC: bool>(tile: &Tile<'_>, x: &Rows<'_>, o
         unsafe {
             weights = weights.add(tile.header());
             let mut sums = [[_mm256_setzero_si256(); 2]; M];
-            for chunk in 0..8 * tile.steps_of(g) {
-                if tile.cold && chunk % 8 == 0 {
-                    fetch_ahead::<STEP>(weights);
-                }
-                let chunk = weights.cast::<__m256i>();
-                let w = [_mm256_loadu_si256(chunk), _mm256_loadu_si256(chunk.add(1))];
-                let magnitude = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
-                for (m, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm256_set1_epi32(codes.add(m * x.stride).cast::<i32>().read_unaligned());
-                    for half in 0..2 {
-                        let pairs = _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(x, w[half]));
-                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
-                    }
-                }
-                weights = weights.add(64);
-                codes = codes.add(4);
-            }
             for half in 0..2 {
-                let scale = _mm256_cvtph_ps(_mm_loadu_si128(header.cast::<__m128i>().add(half)));
-                for m in 0..M {
-                    let at = m * x.groups + g;
-                    let mut sum = sums[m][half];
-                    if ASYMMETRIC {
+                let zero = match (PAIRS, ASYMMETRIC) {
+                    (0, false) => break,
+                    (0, true) => {
                         let zero = x86::zero_points(header, true, half);
-                        let zero = _mm256_sub_epi32(zero, _mm256_set1_epi32(MIDDLE));
-                        let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(at));
-                        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zero, x_sum));
+                        _mm256_sub_epi32(zero, _mm256_set1_epi32(MIDDLE))
                     }
-                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*x.scales.get_unchecked(at)));
-                    y[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, y[m][half]);
+                    _ => _mm256_set1_epi32(NARROW),
+                };
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    let x_sum = _mm256_set1_epi32(*x.sums.get_unchecked(m * x.groups + g));
+                    sums[half] = _mm256_sub_epi32(sums[half], _mm256_mullo_epi32(zero, x_sum));
                 }
             }
-        }
-    }
-    x86::store(out, &y);
-}
-
-/// Weights of 7 bits; `PAIRS` chunks are added up in 16 bits.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn narrow<const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    match out.len() {
-        1 => narrow_rows::<1, PAIRS>(tile, x, out),
-        2 => narrow_rows::<2, PAIRS>(tile, x, out),
-        3 => narrow_rows::<3, PAIRS>(tile, x, out),
-        _ => narrow_rows::<4, PAIRS>(tile, x, out),
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn narrow_rows<const M: usize, const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {
-    assert!(out.len() == M && tile.narrow && !tile.asymmetric && (PAIRS == 1 || x.bits < 8));
-    tile.check(x, M, STEP);
-    if M > 1 {
-        opaque(0); // aligns the stack
-    }
-    let ones = _mm256_set1_epi16(1);
-    let offset = _mm256_set1_epi8(64);
-    let mut y = [[_mm256_setzero_ps(); 2]; M];
-    let mut weights = tile.bytes.as_ptr();
-    let mut codes = x.codes.as_ptr();
-    for g in 0..x.groups {
-        let header = weights;
-        // SAFETY: as in `rows`.
-        unsafe {
-            weights = weights.add(tile.header());
-            let mut sums = [[_mm256_setzero_si256(); 2]; M];
-            for (m, sums) in sums.iter_mut().enumerate() {
-                *sums = [_mm256_set1_epi32(-64 * *x.sums.get_unchecked(m * x.groups + g)); 2];
-            }
-            for chunk in 0..8 / PAIRS * tile.steps_of(g) {
-                if tile.cold && chunk % (8 / PAIRS) == 0 {
+            for turn in 0..turns * tile.steps_of(g) {
+                if tile.cold && turn % turns == 0 {
                     fetch_ahead::<STEP>(weights);
                 }
-                let chunk = weights.cast::<__m256i>();
-                let w: [[__m256i; 2]; PAIRS] = std::array::from_fn(|pair| {
-                    std::array::from_fn(|half| {
-                        _mm256_add_epi8(offset, _mm256_loadu_si256(chunk.add(2 * pair + half)))
-                    })
-                });
-                for (m, sums) in sums.iter_mut().enumerate() {
-                    let four = codes.add(m * x.stride).cast::<i32>();
-                    let x: [__m256i; PAIRS] =
-                        std::array::from_fn(|pair| _mm256_set1_epi32(four.add(pair).read_unaligned()));
-                    for half in 0..2 {
-                        let mut pairs = _mm256_maddubs_epi16(w[0][half], x[0]);
-                        for pair in 1..PAIRS {
-                            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[pair][half], x[pair]));
-                        }
-                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
-                    }
+                if PAIRS == 0 {
+                    wide(weights, codes, x.stride, &mut sums);
+                } else {
+                    narrow::<M, PAIRS>(weights, codes, x.stride, &mut sums);
                 }
-                weights = weights.add(64 * PAIRS);
-                codes = codes.add(4 * PAIRS);
+                weights = weights.add(64 * PAIRS.max(1));
+                codes = codes.add(4 * PAIRS.max(1));
             }
             let scales = x86::scales(header);
             for m in 0..M {
@@ -162,4 +106,66 @@ fn narrow_rows<const M: usize, const PAIRS: usize>(tile: &Tile<'_>, x: &Rows<'_>
         }
     }
     x86::store(out, &y);
+}
+
+/// Adds the products of a chunk of weights.
+///
+/// # Safety
+/// Behind `weights` there is a chunk, and behind `codes` there are four codes of `M` rows, `stride` apart.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn wide<const M: usize>(
+    weights: *const u8,
+    codes: *const i8,
+    stride: usize,
+    sums: &mut [[__m256i; 2]; M],
+) {
+    let ones = _mm256_set1_epi16(1);
+    let chunk = weights.cast::<__m256i>();
+    // SAFETY: promised by the caller.
+    let w = unsafe { [_mm256_loadu_si256(chunk), _mm256_loadu_si256(chunk.add(1))] };
+    let magnitude = w.map(|w| _mm256_abs_epi8(w));
+    for (m, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        let x = _mm256_set1_epi32(unsafe { codes.add(m * stride).cast::<i32>().read_unaligned() });
+        for half in 0..2 {
+            let pairs = _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(x, w[half]));
+            sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+}
+
+/// Adds the products of `PAIRS` chunks of narrow weights, each [`NARROW`] too large.
+///
+/// # Safety
+/// As [`wide`], of as many chunks; with two of them no code is beyond 63.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn narrow<const M: usize, const PAIRS: usize>(
+    weights: *const u8,
+    codes: *const i8,
+    stride: usize,
+    sums: &mut [[__m256i; 2]; M],
+) {
+    let (ones, offset) = (_mm256_set1_epi16(1), _mm256_set1_epi8(NARROW as i8));
+    let chunk = weights.cast::<__m256i>();
+    let w: [[__m256i; 2]; PAIRS] = std::array::from_fn(|pair| {
+        std::array::from_fn(|half| {
+            // SAFETY: promised by the caller.
+            _mm256_add_epi8(offset, unsafe { _mm256_loadu_si256(chunk.add(2 * pair + half)) })
+        })
+    });
+    for (m, sums) in sums.iter_mut().enumerate() {
+        let x: [__m256i; PAIRS] = std::array::from_fn(|pair| {
+            // SAFETY: promised by the caller.
+            _mm256_set1_epi32(unsafe { codes.add(m * stride).cast::<i32>().add(pair).read_unaligned() })
+        });
+        for half in 0..2 {
+            let mut pairs = _mm256_maddubs_epi16(w[0][half], x[0]);
+            for pair in 1..PAIRS {
+                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[pair][half], x[pair]));
+            }
+            sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
+        }
+    }
 }
