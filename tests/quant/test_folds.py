@@ -29,7 +29,7 @@ def test_trip_gives_wide_channels_the_greater_exponents():
     inputs = rng.uniform(-1, 1, (500, 40))
     inputs[:, 7] *= 8
     inputs[:, 9] *= 4
-    factors = Trip().factors(norm_pair(40), [], stats_of(inputs), Scheme())
+    factors = Trip().factors(norm_pair(40), [], stats_of(inputs), Scheme(strategy="tensor"))
     # The widest channel needs all of K = 3, one half as wide one less; the commonest counts as 1.
     assert factors[7] == 8
     assert factors[9] == 4
@@ -40,7 +40,7 @@ def test_trip_minimises_the_error_of_its_own_rounding():
     rng = np.random.default_rng(1)
     inputs = (rng.standard_normal((300, 12)) * np.exp(rng.standard_normal(12))).astype(np.float32)
     pair, stats = norm_pair(12), stats_of(inputs)
-    factors = Trip(exponents=2).factors(pair, [], stats, Scheme())
+    factors = Trip(exponents=2).factors(pair, [], stats, Scheme(strategy="tensor"))
     step = np.abs(inputs).max() / 127 / 4
 
     def error(channel, exponent):
@@ -52,6 +52,22 @@ def test_trip_minimises_the_error_of_its_own_rounding():
     shift = set(best - np.log2(factors))
     assert len(shift) == 1  # the same but for a common factor
     assert np.array_equal(np.log2(factors), np.round(np.log2(factors)))
+
+
+def test_tokens_with_steps_of_their_own_count_alike_however_large_they_are():
+    rng = np.random.default_rng(5)
+    inputs = rng.standard_normal((300, 32)) * np.exp(rng.standard_normal(32))
+    sizes = np.exp2(rng.integers(-3, 4, (300, 1)))  # exact
+    sizes[7] = 1024
+    weights = [rng.standard_normal((20, 32)).astype(np.float32)]
+    pair = norm_pair(32)
+    for strategy, same in (("token", True), ("group", True), ("tensor", False)):
+        scheme = Scheme(8, 32, symmetric=True, activations=4, strategy=strategy)
+        plain, sized = (
+            Trip().factors(pair, weights, stats_of(some), scheme)
+            for some in (inputs, inputs * sizes)
+        )
+        assert np.array_equal(plain, sized) == same
 
 
 def test_trip_leaves_alone_what_weights_would_pay_for():

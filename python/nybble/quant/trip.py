@@ -94,10 +94,11 @@ class Trip(Fold):
     ) -> npt.NDArray[Any]:
         """Search the exponents up to the greatest one."""
         top = 2 ** (scheme.activations - 1) - 1
-        finest = float(inputs.largest.max()) / top / 2**greatest
+        sample = _tokens(inputs, scheme)
+        largest = inputs.largest if scheme.static else np.abs(sample)
+        finest = float(largest.max()) / top / 2**greatest
         if finest <= 0:
             return np.ones(len(pair.rows))
-        sample = inputs.sample.astype(np.float64)
         errors = []
         for exponent in range(greatest + 1):
             step = finest * 2**exponent
@@ -109,11 +110,21 @@ class Trip(Fold):
         return factors
 
 
+def _tokens(inputs: InputStats, scheme: Scheme) -> npt.NDArray[np.float64]:
+    """Return the sample, each token divided by its size where it is to have a step of its own."""
+    sample = inputs.sample.astype(np.float64)
+    if scheme.static:
+        return sample
+    size = np.sqrt(np.square(sample).mean(axis=1, keepdims=True))
+    size[size == 0] = 1
+    return np.asarray(sample / size)
+
+
 def _losses(
     factors: npt.NDArray[Any], weights: Sequence[Floats], inputs: InputStats, scheme: Scheme
 ) -> tuple[float, float]:
     """Estimate the squared error of the outputs: of rounded inputs, and of rounded weights."""
-    sample = (inputs.sample / factors).astype(np.float32)
+    sample = (_tokens(inputs, scheme) / factors).astype(np.float32)
     rows, cols = sample.shape
     whole = scheme.strategy != "group" or scheme.group is None
     groups = sample.reshape(rows, 1 if whole else scheme.groups(cols), -1)
