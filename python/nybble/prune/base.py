@@ -83,6 +83,25 @@ class Criterion(ABC):
     def score(self, group: Group, evidence: Evidence) -> Doubles:
         """Return what each unit of a group is worth ``[size]``; the lowest go first."""
 
+    def scores(self, groups: Sequence[Group], evidence: Evidence) -> dict[str, Doubles]:
+        """Return scores by the groups' names.
+
+        Raises
+        ------
+        FormatError
+            When one is not a finite number.
+        """
+        out = {}
+        for group in groups:
+            with np.errstate(invalid="ignore", over="ignore"):
+                values = self.score(group, evidence)
+            if not np.isfinite(values).all():
+                found = values[~np.isfinite(values)][0]
+                message = f"{group.name}: expected finite scores, found {found}"
+                raise FormatError(message)
+            out[group.name] = values
+        return out
+
 
 def standardised(scores: Doubles) -> Doubles:
     """Return scores less their mean, divided by their standard deviation."""
@@ -187,26 +206,13 @@ class Structured(PruneMethod):
             raise ArgumentError(message)
         return share
 
-    def scores(self, groups: Sequence[Group], evidence: Evidence) -> dict[str, Doubles]:
-        """Return scores, and refuse those that are not numbers."""
-        out = {}
-        for group in groups:
-            with np.errstate(invalid="ignore", over="ignore"):
-                values = self.criterion.score(group, evidence)
-            if not np.isfinite(values).all():
-                found = values[~np.isfinite(values)][0]
-                message = f"{group.name}: expected finite scores, found {found}"
-                raise FormatError(message)
-            out[group.name] = values
-        return out
-
     def keep(self, graph: UnitGraph, lens: Lens) -> Kept:
         """Return the units that stay."""
         groups = self.select(graph.of(*self.kinds), len(graph.layers))
         share = self.share(graph, groups)
         self.limits.check(groups, share)
         evidence = lens.evidence(self.criterion.needs | self.allocator.needs)
-        scores = self.scores(groups, evidence)
+        scores = self.criterion.scores(groups, evidence)
         return self.allocator.keep(groups, scores, share, self.limits, evidence)
 
 

@@ -68,10 +68,12 @@ class Evidence:
     cosines: Doubles = field(default_factory=lambda: np.zeros(0))
 
 
-def per_unit(part: Slice, values: npt.NDArray[Any]) -> Doubles:
-    """Return the sums over each unit's indices of values of all indices of a slice's axis."""
-    used = np.asarray(values[: part.edges[-1]], dtype=np.float64)
-    return np.asarray(np.add.reduceat(used, np.asarray(part.edges[:-1])), dtype=np.float64)
+def per_unit(part: Slice, values: npt.NDArray[Any], size: int) -> Doubles:
+    """Return the sums over each of `size` units of values of all indices of a slice's axis."""
+    of = np.asarray(part.units)
+    mine = of >= 0
+    sums = np.bincount(of[mine], np.asarray(values[: len(of)])[mine], minlength=size)
+    return np.asarray(sums, dtype=np.float64)
 
 
 @dataclass(frozen=True)

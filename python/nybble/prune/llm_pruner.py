@@ -47,11 +47,11 @@ class Taylor(Criterion):
     def score(self, group: Group, evidence: Evidence) -> Doubles:
         """Return the reduced change of the loss."""
         found = []
-        for part in group.slices:
+        for part in group.weights:
             weight = np.asarray(evidence.weight(part.tensor), dtype=np.float64)
             change = self._change(weight, part.tensor, evidence)
             along = np.moveaxis(change, part.axis, 0).reshape(weight.shape[part.axis], -1)
-            values = per_unit(part, along.sum(axis=1))
+            values = per_unit(part, along.sum(axis=1), group.size)
             found.append(np.abs(values) if self.order == "vector" else values)
         if self.reduce == "first":
             return np.asarray(found[0])
