@@ -310,12 +310,11 @@ def _concatenated(call: Call) -> Axes | None:
 
 
 def _permuted(call: Call) -> Axes | None:
-    order = call.args[1:] or (call.kwargs.get("dims"),)
-    if len(order) == 1 and isinstance(order[0], (list, tuple)):
-        order = order[0]
-    if not all(isinstance(place, int) for place in order) or len(order) != call.value.dim():
-        return None
-    return [call.first.axes[place] for place in order]
+    given = call.args[1:] or (call.kwargs.get("dims"),)
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = given[0]
+    order = [place for place in given if isinstance(place, int)]
+    return [call.first.axes[place] for place in order] if len(order) == len(given) else None
 
 
 def _transposed(call: Call) -> Axes | None:
