@@ -57,6 +57,15 @@ def prune(
             show_default="unstructured",
         ),
     ] = None,
+    recovery: Annotated[
+        str | None,
+        typer.Option(
+            "--recovery",
+            metavar="NAME",
+            help="What is trained afterwards: a name that `nybble methods` lists.",
+            show_default="nothing",
+        ),
+    ] = None,
     calibration: options.Calibration = None,
     calibration_tokens: Annotated[
         int | None,
@@ -91,6 +100,8 @@ def prune(
         settings["ratio"] = ratio
     if pattern is not None:
         settings["pattern"] = pattern
+    if recovery is not None:
+        settings["recovery"] = recovery
     recipe = {"prune": settings, "weights": {"bits": 16}, "activations": {"bits": 16}}
     report = work(
         path,

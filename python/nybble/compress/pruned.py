@@ -21,10 +21,20 @@ from tqdm import tqdm
 from nybble import _nybble
 from nybble.calibrate.text import CalibrationSet
 from nybble.compress import files
+from nybble.compress.recovered import recover, subject
 from nybble.compress.source import Source
 from nybble.errors import ConfigError, UnsupportedError
 from nybble.formats.ragged import FAMILIES, KEYS, plain, structure_of
-from nybble.prune import METHODS, Lens, PruneMethod, Sparse, Structured, Subject
+from nybble.prune import (
+    METHODS,
+    Lens,
+    Patient,
+    PruneMethod,
+    Recovery,
+    Sparse,
+    Structured,
+    Subject,
+)
 from nybble.prune.graph import UnitGraph, transformer
 from nybble.prune.passes import Changes, compensate, sparsify
 from nybble.prune.plan import Cut, Plan, structure
@@ -57,6 +67,8 @@ class PrunedModel:
         The final folder; the pruned model is kept beside it.
     threads
         Threads to use.
+    recovery, recovery_text
+        What is trained afterwards, and on what; ``None`` for nothing.
     """
 
     def __init__(
@@ -66,6 +78,8 @@ class PrunedModel:
         text: CalibrationSet | None,
         out: Path,
         threads: int | None = None,
+        recovery: Recovery | None = None,
+        recovery_text: CalibrationSet | None = None,
     ) -> None:
         if structure_of(source.config) is not None:
             message = f"{source.path}: a pruned model is not pruned again: prune the original"
@@ -74,6 +88,8 @@ class PrunedModel:
         self.method = method
         self.text = text
         self.threads = threads
+        self.recovery = recovery
+        self.recovery_text = recovery_text
         parts = source.plan()
         if parts["kind"] == "encoder":
             message = f"{source.path}: pruning image encoders is not supported: "
@@ -95,6 +111,8 @@ class PrunedModel:
         ]
         text = None if self.text is None else self.text.digest
         facts = [_nybble.version(), weights, self.name, repr(self.method), text]
+        if self.recovery_text is not None:
+            facts += [repr(self.recovery), self.recovery_text.digest]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def make(self, *, progress: bool = True) -> Source:
@@ -162,8 +180,20 @@ class PrunedModel:
         if plan.keep:
             plan.save(folder)
         report = self._report(plan, layers, changes)
-        files.write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
         files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        if self.recovery is not None and self.recovery_text is not None:
+            left = tuple(_left(self.graph, plan))
+            patient = Patient(
+                subject(folder, self.threads),
+                self.subject,
+                left,
+                plan.keep.get("hidden"),
+                changes.masks,
+            )
+            report["recovery"] = recover(
+                folder, patient, self.recovery, self.recovery_text, self.threads, progress=progress
+            )
+        files.write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
 
     def _structured(
         self,
