@@ -209,13 +209,11 @@ class Lens:
             apply_masks(model, self.graph, Plan(self.graph.digest, _arrays(keep)))
             state = dict(model.named_parameters())
             found.weight = lambda name: state[name].data.numpy()
-        linears = {f"{linear['module']}.weight" for linear in self.subject.parts["linears"]}
-        linears |= {f"{linear['module']}.bias" for linear in self.subject.parts["linears"]}
-        wanted = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if name in linears and name in self.graph.shapes and not name.startswith("lm_head")
-        ]
+        linears = [entry["module"] for entry in self.subject.parts["linears"]]
+        names = {f"{linear}.weight" for linear in linears if not linear.startswith("lm_head")}
+        names |= {f"{linear}.bias" for linear in linears}
+        names |= {part.tensor for group in self.graph.groups.values() for part in group.slices}
+        wanted = [(name, p) for name, p in model.named_parameters() if name in names]
         for _, parameter in wanted:
             parameter.requires_grad_(True)
             parameter.grad = None

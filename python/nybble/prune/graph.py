@@ -274,16 +274,15 @@ class UnitGraph:
                 stays[: len(part.units)] &= kept[np.asarray(part.units)]
         return axes
 
-    def parameters_left(self, keep: Keep) -> int:
-        """Return how many parameters a cut leaves."""
+    def parameters_left(self, keep: Keep, tensors: Iterable[str] | None = None) -> int:
+        """Return how many parameters a cut leaves of some tensors, without names of all."""
         axes = self.kept_axes(keep)
+        names = set(self.shapes) if tensors is None else set(tensors)
         total = 0
-        for name, shape in self.shapes.items():
-            if name in self.statistics:
-                continue
+        for name in names - self.statistics:
             left = [
                 int(axes[name][axis].sum()) if axis in axes.get(name, {}) else length
-                for axis, length in enumerate(shape)
+                for axis, length in enumerate(self.shapes[name])
             ]
             total += prod(left)
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -39,6 +40,8 @@ class MagnitudeUnits(Structured):
 
     What differs here: nothing is trained afterwards.
     """
+
+    scores_hidden: ClassVar[bool] = True
 
     @property
     def criterion(self) -> Criterion:
