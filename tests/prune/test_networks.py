@@ -250,6 +250,24 @@ def test_what_is_not_understood_stays_and_is_told():
         trace(Choosing().double(), torch.randn(2, 8))
 
 
+class Telling(nn.Module):
+    """Returns a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        return {"hidden": [hidden], "out": self.second(hidden[:, : hidden.shape[1]])}
+
+
+def test_outputs_of_any_form_stay():
+    graph = trace(Telling(), torch.randn(2, 6))
+    assert not graph.groups
+    assert set(graph.whole) == {"first", "second"}
+
+
 class Written(nn.Module):
     """Sizes in its code: those that stand there, and one that is a formula of them."""
 
@@ -290,7 +308,7 @@ def test_channels_that_the_code_counts_stay(form):
         lambda x: x.view(x.size(0), x.shape[1]),
         lambda x: x.reshape(x.shape) * 2 + 1,
         lambda x: 1 - x.unsqueeze(-1).permute(0, 2, 1).transpose(1, 2).flatten(1),
-        lambda x: x.clamp(min=0).float(),
+        lambda x: x.clamp(min=0).float() * x.dim(),
     ],
 )
 def test_channels_that_only_pass_may_go(form):

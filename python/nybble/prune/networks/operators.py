@@ -95,6 +95,10 @@ Rule = Callable[[Call], "Axes | None"]
 def _all_seen(value: Any) -> list[Seen]:
     if isinstance(value, Seen):
         return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, slice):
+        value = [value.start, value.stop, value.step]
     if isinstance(value, (list, tuple)):
         return [seen for one in value for seen in _all_seen(one)]
     return []
@@ -355,11 +359,16 @@ def _unsqueezed(call: Call) -> Axes | None:
     return axes
 
 
+_FACTS = ("device", "dtype", "ndim")  # what of a tensor does not depend on its channels
+
+
 def numbers(call: Call) -> Seen | None:
     """Return what is known of lengths, and of numbers made from them; ``None`` otherwise."""
     seen = _all_seen(list(call.args))
     if call.where == "getattr" and call.args[1] == "shape":
         return Seen(call.value, sizes=call.args[0].axes)
+    if call.where == "dim" or (call.where == "getattr" and call.args[1] in _FACTS):
+        return Seen(call.value)
     if call.where == "size":
         axes = call.args[0].axes
         dim = call.argument(1, "dim")
@@ -368,9 +377,10 @@ def numbers(call: Call) -> Seen | None:
         return Seen(call.value, counted=axes[dim] if isinstance(dim, int) else None)
     if call.where == "getitem" and seen and seen[0].sizes is not None:
         place = call.args[1]
-        if isinstance(place, slice):
+        if isinstance(place, int):
+            return Seen(call.value, counted=seen[0].sizes[place])
+        if isinstance(place, slice) and not _all_seen(place):
             return Seen(call.value, sizes=seen[0].sizes[place])
-        return Seen(call.value, counted=seen[0].sizes[place])
     if isinstance(call.value, (int, float)) and not any(one.axes for one in seen):
         found = [ids for one in seen for ids in one.ids()]
         return Seen(call.value, counted=np.concatenate(found) if found else None)

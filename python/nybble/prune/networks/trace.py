@@ -171,7 +171,7 @@ class _Walk(fx.Interpreter):  # type: ignore[misc]
         axes: Axes | None = None
         if rule is not None and isinstance(value, torch.Tensor) and _fits(call):
             axes = rule(call)
-        if axes is None:
+        if axes is None or not _lengths_fit(axes, value.shape):
             call.hold_all("it needs all of them" if node.op == "output" else "it has no rule")
             return _plain(value)
         return Seen(value, axes)
@@ -181,6 +181,12 @@ class _Walk(fx.Interpreter):  # type: ignore[misc]
         role = "norm" if id(tensor) in self._parameters else "statistic"
         lengths = enumerate(tensor.shape)
         return [self.axis(tensor, axis, role) if n > 1 else None for axis, n in lengths]
+
+
+def _lengths_fit(axes: Axes, shape: Any) -> bool:
+    """Say whether a rule's answer is of the result's shape; what it did not foresee is unknown."""
+    lengths = [n if ids is None else len(ids) for ids, n in zip(axes, shape, strict=False)]
+    return len(axes) == len(shape) and lengths == list(shape)
 
 
 def _plain(value: Any) -> Seen:
