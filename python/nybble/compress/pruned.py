@@ -91,9 +91,10 @@ class PrunedModel:
         self.recovery = recovery
         self.recovery_text = recovery_text
         parts = source.plan()
-        if parts["kind"] == "encoder":
-            message = f"{source.path}: pruning image encoders is not supported: "
-            message += "nothing there tells what their layers read"
+        self.encoder = parts["kind"] == "encoder"
+        if self.encoder and method.reads_text:
+            message = f"{source.path}: this method looks at what layers read, which is measured "
+            message += "in language models alone: of an image encoder weights decide"
             raise UnsupportedError(message)
         shapes = {name: tuple(shape) for name, (_, shape) in source.tensors.items()}
         self.subject = Subject(source.config, parts, shapes, source.tensor, threads)
@@ -246,7 +247,7 @@ class PrunedModel:
         if not layers:
             message = "ratio: expected layers to be left, found none"
             raise ConfigError(message)
-        if kind in FAMILIES or layers == before:
+        if self.encoder or kind in FAMILIES or layers == before:
             return
         same = all(dict(layer) == dict(layers[0]) for layer in layers)
         heads = [
@@ -265,6 +266,8 @@ class PrunedModel:
         kind = config.get("model_type")
         before = structure(self.graph, Plan(self.graph.digest))
         left = _left(self.graph, cut.plan)
+        if self.encoder:
+            return _encoder_config(config, layers, before)
         if len(layers) != len(before):
             self._drop_layers(config, left)
         if kind in FAMILIES:
@@ -329,6 +332,30 @@ class PrunedModel:
 
 
 _INNER = {"opt": "ffn_dim", "gpt2": "n_inner"}
+
+
+def _encoder_config(
+    config: dict[str, Any], layers: list[dict[str, Any]], before: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Say the layers' shapes in an encoder's configuration; its head's width is that of all heads.
+
+    What the family's own keys say stays as it was, unless they can say all: as many neurons less in
+    every layer, where their number is a key.
+    """
+    sizes = config.get("vision_config")
+    sizes = dict(sizes) if isinstance(sizes, Mapping) else config
+    inner = layers[0]["intermediate_size"]
+    narrower = [{**layer, "intermediate_size": inner} for layer in before]
+    # SigLIP's attention behind the layers has a feed-forward block of that size, too.
+    known = sizes.get("intermediate_size") == before[0]["intermediate_size"]
+    known = known and not str(config.get("model_type")).startswith("siglip")
+    if layers == narrower and known:
+        sizes["intermediate_size"] = inner
+        if sizes is not config:
+            config["vision_config"] = sizes
+    elif layers != before:
+        config["nybble"] = {"version": 1, "structure": {"layers": layers}}
+    return config
 
 
 def _left(graph: UnitGraph, plan: Plan) -> list[int]:
