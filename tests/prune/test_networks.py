@@ -345,6 +345,26 @@ def test_shared_weights_are_cut_once():
     close(small(x), masked(x))
 
 
+class Again(nn.Module):
+    """A layer that reads the network's input and, later, what another has made of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.between, self.end = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.end(self.both(self.between(self.both(x))))
+
+
+def test_a_layer_that_reads_something_else_elsewhere_reads_all_of_it():
+    network = made(Again)
+    graph = trace(network, torch.randn(2, 6))
+    assert list(graph.groups) == ["both"]
+    assert graph.whole["between"] == "both (Linear): not all that it reads are channels"
+    small = cut(network, graph, Plan(graph.digest, {"both": np.array([1, 2])}))
+    assert small(torch.randn(2, 6)).shape == (2, 2)
+
+
 def loss_of(network, batch):
     images, classes = batch
     return F.cross_entropy(network(images), classes)

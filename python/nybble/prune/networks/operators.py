@@ -115,8 +115,7 @@ def _same(call: Call) -> Axes | None:
 def _linear(call: Call) -> Axes | None:
     x = call.first
     weight = call.module.weight
-    if x.axes[-1] is not None:
-        call.read(x.axes[-1], weight, 1, "in")
+    call.read(x.axes[-1], weight, 1, "in")
     out = call.tensors.axis(weight, 0, "out")
     if call.module.bias is not None:
         call.read(out, call.module.bias, 0, "out")
@@ -141,7 +140,7 @@ def _convolution(call: Call) -> Axes | None:
         else:
             first = [_tied(call, ids, module.groups) for ids in (x.axes[1], out)]
             call.tensors.channels.unite(*first)
-    elif x.axes[1] is not None:
+    else:
         call.read(x.axes[1], module.weight, 1 - out_axis, "in")
     if module.bias is not None:
         call.read(out, module.bias, 0, "out")
