@@ -11,6 +11,8 @@ from nybble.prune.lottery import LotteryTickets
 from nybble.prune.perp import Perp, insert, merge
 from nybble.prune.schedule import Event, one_shot, ramp, rounds
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def net(seed=0, width=24):
     torch.manual_seed(seed)
