@@ -15,6 +15,9 @@ import gguf
 import numpy as np
 from benches.peers.shapes import tensors
 
+from nybble.formats.llama_cpp import add_keys
+from nybble.formats.llama_cpp import stored as reordered
+
 
 def write(
     source: Path,
@@ -47,7 +50,9 @@ def write(
         message = f"{source}: expected a llama or qwen2, found {family}"
         raise ValueError(message)
     writer = gguf.GGUFWriter(str(file), family, use_temp_file=True)  # else all of it is in memory
-    _write_keys(writer, config)
+    add_keys(writer, config)
+    writer.add_tokenizer_model("no_vocab")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     tied = bool(config.get("tie_word_embeddings"))
     arch = gguf.MODEL_ARCH.LLAMA if family == "llama" else gguf.MODEL_ARCH.QWEN2
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
@@ -58,9 +63,7 @@ def write(
         if stored is None:
             message = f"{source}: {name}: no such tensor in a {family}"
             raise ValueError(message)
-        if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            heads = "num_key_value_heads" if "k_proj" in name else "num_attention_heads"
-            values = _interleaved(values, config[heads])
+        values = reordered(family, name, values, head_dim)
         if values.ndim == 1:
             writer.add_tensor(stored, values.astype(np.float32))
             continue
@@ -76,29 +79,3 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _write_keys(writer: Any, config: dict[str, Any]) -> None:
-    heads = config["num_attention_heads"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 1e4)
-    writer.add_rope_freq_base(theta)
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-
-
-def _interleaved(values: Any, heads: int) -> Any:
-    """Reorder the rows of rotated heads: this format keeps the halves of a head interleaved."""
-    rows, cols = values.shape
-    halves = values.reshape(heads, 2, rows // heads // 2, cols)
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, cols))

@@ -19,6 +19,19 @@ def test_a_model_is_pruned_by_a_command(tiny_folder, tmp_path, capsys):
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
+def test_kinds_of_units_are_chosen(tiny_folder, tmp_path, capsys):
+    command = ["prune", str(tiny_folder), "-o", str(tmp_path / "out"), "--quiet", "--json"]
+    units = ["--units", "hidden", "--units", "neuron"]
+    assert main([*command, "--method", "random_units", "--ratio", "0.5", *units]) == 0
+    settings = json.loads(capsys.readouterr().out)["prune"]["settings"]
+    assert (settings["attention"], settings["mlp"], settings["hidden"]) == ("none", True, True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["hidden_size"] == 32
+    for wrong in (["--units", "nerve"], ["--units", "kv", "--units", "head"]):
+        assert main([*command, "--method", "random_units", "--overwrite", *wrong]) == 2
+        assert "--units" in capsys.readouterr().err
+
+
 def test_mistakes_are_told(tiny_folder, tmp_path, capsys):
     command = ["prune", str(tiny_folder), "-o", str(tmp_path / "out"), "--quiet"]
     assert main([*command, "--ratio", "1.5"]) == 2

@@ -395,4 +395,4 @@ def test_what_a_lens_cannot_see_is_said(lens):
     broken = Evidence(lambda name: scores.get(name, looking.subject.weight(name)))
     broken.inputs = looking.evidence({"moments"}).inputs
     with pytest.raises(FormatError, match=r"layers\.0\.neuron"):
-        Flap().scores([looking.graph.groups["layers.0.neuron"]], broken)
+        Flap().criterion.scores([looking.graph.groups["layers.0.neuron"]], broken)

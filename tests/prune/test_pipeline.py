@@ -8,11 +8,12 @@ import torch
 
 import nybble
 from families import make, prompts, reference_logits
+from nybble import _nybble
 from nybble.compress import compress
 from nybble.compress.recipe import read
 from nybble.errors import ArgumentError, ConfigError, FormatError, UnsupportedError
 from nybble.formats.ragged import load, structure_of
-from nybble.prune import METHODS, Plan
+from nybble.prune import METHODS, Plan, apply_masks, transformer
 from tiny import write_llama, write_tokenizer
 
 pytestmark = pytest.mark.timeout(180)
@@ -163,6 +164,53 @@ def test_families_are_cut_alike_by_both_readers(family, text, tmp_path):
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("family", ["llama-biased-tied-wide", "qwen3"])
+@pytest.mark.parametrize("name", ["magnitude_units", "llm_pruner"])
+def test_the_residual_stream_can_become_narrower(family, name, text, tmp_path):
+    """Alone or with neurons: what both readers run is the original with those channels zero."""
+    model = make(family)
+    model.resize_token_embeddings(290)  # the tokenizer's
+    model.save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    checkpoint = _nybble.Checkpoint.open(str(tmp_path / "in"))
+    shapes = {name: tuple(shape) for name, (_, shape) in checkpoint.tensors().items()}
+    parts = json.loads(checkpoint.plan())
+    for mlp, ratio, width in ((False, 0.48, 32), (True, 0.45, None)):
+        settings = {"ratio": ratio, "attention": "none", "mlp": mlp, "hidden": True}
+        settings |= {"scope": "model", "round_to": 32 if width else 8, "floor": 0.3}
+        given = {"calibration": text} if name == "llm_pruner" else {}
+        out = tmp_path / f"out-{mlp}"
+        recipe = {"prune": {"name": name, **settings}, **FLOAT, "floats": "f16"}
+        report = compress(tmp_path / "in", out, recipe=recipe, progress=False, **given)
+        assert report.prune["achieved"]["share_of_model"] == pytest.approx(ratio, abs=0.05)
+        config = json.loads((out / "config.json").read_text())
+        plan = Plan.load(out)
+        kept = plan.keep["hidden"]
+        assert config["hidden_size"] == len(kept) == (width or len(kept)) < 64
+        assert config["rms_norm_eps"] == pytest.approx(model.config.rms_norm_eps * 64 / len(kept))
+        kinds = ("neuron", "hidden") if mlp else ("hidden",)
+        masked = type(model).from_pretrained(tmp_path / "in", dtype=torch.float32).eval()
+        apply_masks(masked, transformer(parts, shapes, kinds), plan)
+        ids = prompts(12)[0]
+        wanted = reference_logits(masked, ids)
+        for found in (
+            reference_logits(load(out), ids),
+            nybble.load(out, threads=1).forward(ids),
+        ):
+            # Weights are float16 in the folder and, for norms, scaled before that.
+            assert np.abs(found - wanted).max() <= 5e-3 * np.abs(wanted).max()
+
+
+def test_a_narrower_model_is_quantized(tiny_folder, tmp_path):
+    settings = {"name": "random_units", "ratio": 0.5, "hidden": True, "attention": "none"}
+    recipe = {"prune": {**settings, "mlp": False, "floor": 0.4}}
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, progress=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["hidden_size"] == 32
+    assert "structure" not in config["nybble"]
+    assert np.isfinite(nybble.load(tmp_path / "out", threads=1).forward([1, 2, 3])).all()
+
+
 def test_what_cannot_be_is_refused(tiny_folder, text, tmp_path):
     def attempt(prune, error, words, folder=tiny_folder, calibration=()):
         with pytest.raises(error, match=words):
@@ -183,6 +231,8 @@ def test_what_cannot_be_is_refused(tiny_folder, text, tmp_path):
         ({"name": "flap", "attention": "heads"}, "attention"),
         ({"name": "flap", "attention": "none", "mlp": False}, "units to remove"),
         ({"name": "flap", "metric": "x"}, "metric"),
+        ({"name": "flap", "hidden": True}, "hidden"),
+        ({"name": "random_units", "hidden": 1}, "hidden"),
         ({"name": "wanda", "pattern": "4:2"}, "2:4"),
         ({"name": "sparsegpt", "damping": 0}, "damping"),
         ({"name": "refit", "damping": -1}, "damping"),
@@ -191,6 +241,8 @@ def test_what_cannot_be_is_refused(tiny_folder, text, tmp_path):
     ):
         attempt(prune, ConfigError, words)
     attempt({"name": "magnitude_units", "ratio": 0.95}, ArgumentError, "left empty")
+    hidden = {"name": "magnitude_units", "attention": "none", "mlp": False, "hidden": True}
+    attempt({**hidden, "ratio": 0.9}, ArgumentError, "left empty")
     attempt({"name": "cfsp", "ratio": 0.7}, ArgumentError, "more than", calibration=text)
     short = tmp_path / "short.txt"
     short.write_text("the cat")

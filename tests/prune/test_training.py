@@ -11,6 +11,8 @@ from nybble.prune.lottery import LotteryTickets
 from nybble.prune.perp import Perp, insert, merge
 from nybble.prune.schedule import Event, one_shot, ramp, rounds
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def net(seed=0, width=24):
     torch.manual_seed(seed)
@@ -179,8 +181,8 @@ def test_recovery_lowers_the_loss_and_keeps_zeros(kind):
     masks = half(model)
     weights = {name: model.get_parameter(name).detach().clone() for name in masks}
     before = float(loss_of(model, task(70)).detach())
-    method = Perp(kind, steps=80, rank=4, alpha=8.0, rate=0.01)
-    losses = method.run(model, masks, (task(i, 64) for i in range(100)), loss_of)
+    method = Perp(adapters=kind, rank=4, alpha=8.0, rate=0.01)
+    losses = method.run(model, masks, (task(i, 64) for i in range(100)), loss_of, 80)
     assert len(losses) == 80
     assert float(loss_of(model, task(70)).detach()) < 0.8 * before
     for name, mask in masks.items():
@@ -204,7 +206,7 @@ def test_a_layer_is_reconstructed():
         return torch.square(model["layer"](inputs) - wanted).mean()
 
     before = float(off(holder, None).detach())
-    Perp(steps=60, rank=4, alpha=8.0, rate=0.02).run(holder, masks, range(60), off)
+    Perp(rank=4, alpha=8.0, rate=0.02).run(holder, masks, range(60), off, 60)
     assert float(off(holder, None).detach()) < 0.5 * before
 
 
@@ -212,15 +214,15 @@ def test_recoveries_that_cannot_be_are_refused():
     model = net()
     masks = half(model)
     with pytest.raises(ArgumentError, match=r"did you mean 0\.weight"):
-        Perp(steps=1).run(model, {"0.weigh": masks["0.weight"]}, [task()], loss_of)
+        Perp().run(model, {"0.weigh": masks["0.weight"]}, [task()], loss_of, 1)
     with pytest.raises(ArgumentError, match="shape"):
-        Perp(steps=1).run(model, {"0.weight": masks["3.weight"]}, [task()], loss_of)
+        Perp().run(model, {"0.weight": masks["3.weight"]}, [task()], loss_of, 1)
     with pytest.raises(ArgumentError, match="batches"):
-        Perp(steps=3).run(model, masks, [task()], loss_of)
+        Perp().run(model, masks, [task()], loss_of, 3)
     with pytest.raises(ArgumentError, match="to train"):
-        Perp("none", biases=False, norms=False).run(model, masks, [task()], loss_of)
+        Perp(adapters="none", biases=False, norms=False).run(model, masks, [task()], loss_of, 1)
     with pytest.raises(FormatError, match="finite"):
-        Perp(steps=1).run(model, masks, [task()], lambda m, b: loss_of(m, b) * float("nan"))
+        Perp().run(model, masks, [task()], lambda m, b: loss_of(m, b) * float("nan"), 1)
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ArgumentError, match="rank"):
         Perp(rank=0)

@@ -274,6 +274,7 @@ class Layer:
         self.prefix = prefix
         self.parts = parts
         self._args, self._kwargs = call
+        self._recordable: Any = None
         attention, mlp = parts["attention"] or {}, parts["mlp"] or {}
         stages = (
             attention.get("qkv", ()),
@@ -452,6 +453,22 @@ class Layer:
             return memory[window]
 
         attention.forward = forward
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its parameters, by name."""
+        return {f"{self.prefix}.{name}": p for name, p in self._module.named_parameters()}
+
+    def run(self, states: torch.Tensor) -> torch.Tensor:
+        """Return what it makes of states ``[1, context, hidden]``, with gradients if on."""
+        if self._recordable is None:
+            tensors = self._torch.utils._pytree.tree_map(
+                lambda x: x.clone() if isinstance(x, self._torch.Tensor) else x,
+                (self._args, self._kwargs),
+            )
+            self._recordable = tensors  # no longer tensors of inference, which cannot be recorded
+        args, kwargs = self._recordable
+        return _first(self._module(states, *args, **kwargs))
 
     def _forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
         self._window = index

@@ -18,6 +18,7 @@ from nybble.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     index,
     inspect,
     methods,
@@ -44,6 +45,7 @@ app.command("demo")(verb(demo.demo))
 app.command("pull")(verb(pull.pull))
 app.command("compress")(verb(compress.compress))
 app.command("prune")(verb(prune.prune))
+app.command("export")(verb(export.export))
 app.command("run")(verb(run.run))
 app.command("chat")(verb(chat.chat))
 app.command("classify")(verb(vision.classify))

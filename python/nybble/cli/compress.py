@@ -180,4 +180,10 @@ def prune_rows(report: "Report") -> list[tuple[str, str]]:
     text += f"{found['share_of_model']:.1%} of all, by {report.prune['method']}"
     if found["zeros"]:
         text += f"; {found['zeros']} of them are zeros in place"
-    return [("pruned", text)]
+    rows = [("pruned", text)]
+    if (recovery := report.prune.get("recovery")) is not None:
+        loss = recovery["loss"]
+        text = f"{loss['before']:.4f} -> {loss['after']:.4f} nats a token by {recovery['method']}, "
+        text += f"on {loss['held_out_tokens']} tokens held out of {recovery['text']['tokens']}"
+        rows.append(("recovered", text))
+    return rows

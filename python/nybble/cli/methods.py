@@ -78,7 +78,7 @@ def _needs(cls: type[Any], kind: str) -> list[str]:
         return ["calibration text"]
     if kind == "pruning":
         return ["calibration text", "torch"] if cls().reads_text else []
-    calibrated = kind in ("fold", "tuning") or (kind == "quantization" and cls().needs)
+    calibrated = kind in ("fold", "tuning", "recovery") or (kind == "quantization" and cls().needs)
     return ["calibration text", "torch"] if calibrated else []
 
 
@@ -90,6 +90,7 @@ def _known() -> list[tuple[str, str, type[Any]]]:
         ("fold", quant.FOLDS),
         ("tuning", quant.TUNINGS),
         ("pruning", prune.METHODS),
+        ("recovery", prune.RECOVERIES),
         ("activation sparsity", sparsity.METHODS),
         ("token reduction", tokens.METHODS),
     )

@@ -48,6 +48,16 @@ def prune(
             show_default="the method's",
         ),
     ] = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--units",
+            metavar="KIND",
+            help="What may go, for methods that remove units: kv, head, neuron, hidden (channels "
+            "of the residual stream). May be repeated.",
+            show_default="the method's",
+        ),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -55,6 +65,15 @@ def prune(
             metavar="N:M",
             help="For methods that take out single weights: of each M neighbours N stay (2:4).",
             show_default="unstructured",
+        ),
+    ] = None,
+    recovery: Annotated[
+        str | None,
+        typer.Option(
+            "--recovery",
+            metavar="NAME",
+            help="What is trained afterwards: a name that `nybble methods` lists.",
+            show_default="nothing",
         ),
     ] = None,
     calibration: options.Calibration = None,
@@ -77,7 +96,7 @@ def prune(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Take heads, neurons, layers or single weights out of a model; what is left stays in floats.
+    """Take units or single weights out of a model; what is left stays in floats.
 
     To quantize as well, name the method under `prune` in a recipe for `nybble compress`.
     """
@@ -89,8 +108,11 @@ def prune(
     settings: dict[str, Any] = {"name": method}
     if ratio is not None:
         settings["ratio"] = ratio
+    settings.update(_units(units))
     if pattern is not None:
         settings["pattern"] = pattern
+    if recovery is not None:
+        settings["recovery"] = recovery
     recipe = {"prune": settings, "weights": {"bits": 16}, "activations": {"bits": 16}}
     report = work(
         path,
@@ -107,6 +129,25 @@ def prune(
         output.emit_json({"out": str(out), **report.to_json()})
     else:
         output.show(report_table(report, out))
+
+
+def _units(kinds: list[str] | None) -> dict[str, Any]:
+    """Return the settings that choose some kinds of units and no others."""
+    if not kinds:
+        return {}
+    heads = [kind for kind in kinds if kind in ("kv", "head")]
+    for kind in kinds:
+        if kind not in ("kv", "head", "neuron", "hidden"):
+            msg = f"--units: {kind!r} is none of kv, head, neuron, hidden."
+            raise typer.BadParameter(msg)
+    if len(set(heads)) > 1:
+        msg = "--units: kv and head divide the same heads: one of them."
+        raise typer.BadParameter(msg)
+    return {
+        "attention": heads[0] if heads else "none",
+        "mlp": "neuron" in kinds,
+        "hidden": "hidden" in kinds,
+    }
 
 
 def report_table(report: "Report", out: Path) -> "Table":

@@ -32,10 +32,12 @@ from nybble.compress.calibrated import CalibratedPass
 from nybble.compress.plan import BYTES, Item, Plan
 from nybble.compress.pruned import PrunedModel
 from nybble.compress.recipe import Recipe
+from nybble.compress.recovered import HELD
 from nybble.compress.report import Report, TensorReport
 from nybble.compress.source import Source
 from nybble.errors import ArgumentError, ConfigError, FormatError, UnsupportedError
 from nybble.formats.packing import pack, pack_zeros, rows_per_word, words
+from nybble.prune import Recovery
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
 from nybble.runtime.tokenizer import Tokenizer, from_folder, from_gguf
 from nybble.sparsity import SparsityMethod, observe, write
@@ -91,12 +93,14 @@ def run(
     if parts["kind"] == "encoder":
         _check_encoder(recipe, calibration)
     _check_calibration(recipe, calibration)
-    pruned = shown = None
+    pruned = shown = recovery = training = None
     if (pruner := recipe.pruner()) is not None:
         text = None
         if pruner.reads_text:
             text = shown = _draw(original, recipe, calibration)
-        pruned = PrunedModel(original, pruner, text, out, threads)
+        if (recovery := recipe.recovery()) is not None:
+            training = _recovery_text(original, recovery, recipe, calibration)
+        pruned = PrunedModel(original, pruner, text, out, threads, recovery, training)
         checkpoint = pruned.make(progress=progress)
         parts = checkpoint.plan()
     work = plan.make(parts, checkpoint.tensors, recipe, original.kind)
@@ -112,8 +116,10 @@ def run(
         size_after=sum(item.size for item in work.items),
         prune=None if pruned is None else pruned.report,
     )
+    if recovery is not None and training is not None:
+        _note_shortage(report, "recovery", recovery.tokens, training)
     passed = None
-    if calibration:
+    if calibration and recipe.needs_calibration() != "prune.recovery":
         shown = shown or _draw(original, recipe, calibration)
         _note_shortage(report, "calibration", recipe.calibration.tokens, shown)
         report.calibration = shown.to_json()
@@ -226,6 +232,20 @@ def _tuning_text(
     _note_shortage(report, "tuning", tuner.tokens, shown)
     report.calibration = {**(report.calibration or {}), "tuning": shown.to_json()}
     return shown
+
+
+def _recovery_text(
+    source: Source, recovery: Recovery, recipe: Recipe, calibration: Sequence[Path]
+) -> CalibrationSet:
+    """Draw what a recovery is trained on, and some windows that it is not."""
+    context = _context(source, recovery.context)
+    return draw(
+        calibration,
+        _tokenizer(source),
+        tokens=recovery.tokens + HELD * context,
+        context=context,
+        seed=recipe.calibration.seed + 2,
+    )
 
 
 def _sparsify(

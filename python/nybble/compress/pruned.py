@@ -21,10 +21,20 @@ from tqdm import tqdm
 from nybble import _nybble
 from nybble.calibrate.text import CalibrationSet
 from nybble.compress import files
+from nybble.compress.recovered import recover, subject
 from nybble.compress.source import Source
 from nybble.errors import ConfigError, UnsupportedError
 from nybble.formats.ragged import FAMILIES, KEYS, plain, structure_of
-from nybble.prune import METHODS, Lens, PruneMethod, Sparse, Structured, Subject
+from nybble.prune import (
+    METHODS,
+    Lens,
+    Patient,
+    PruneMethod,
+    Recovery,
+    Sparse,
+    Structured,
+    Subject,
+)
 from nybble.prune.graph import UnitGraph, transformer
 from nybble.prune.passes import Changes, compensate, sparsify
 from nybble.prune.plan import Cut, Plan, structure
@@ -57,6 +67,8 @@ class PrunedModel:
         The final folder; the pruned model is kept beside it.
     threads
         Threads to use.
+    recovery, recovery_text
+        What is trained afterwards, and on what; ``None`` for nothing.
     """
 
     def __init__(
@@ -66,6 +78,8 @@ class PrunedModel:
         text: CalibrationSet | None,
         out: Path,
         threads: int | None = None,
+        recovery: Recovery | None = None,
+        recovery_text: CalibrationSet | None = None,
     ) -> None:
         if structure_of(source.config) is not None:
             message = f"{source.path}: a pruned model is not pruned again: prune the original"
@@ -74,10 +88,13 @@ class PrunedModel:
         self.method = method
         self.text = text
         self.threads = threads
+        self.recovery = recovery
+        self.recovery_text = recovery_text
         parts = source.plan()
-        if parts["kind"] == "encoder":
-            message = f"{source.path}: pruning image encoders is not supported: "
-            message += "nothing there tells what their layers read"
+        self.encoder = parts["kind"] == "encoder"
+        if self.encoder and method.reads_text:
+            message = f"{source.path}: this method looks at what layers read, which is measured "
+            message += "in language models alone: of an image encoder weights decide"
             raise UnsupportedError(message)
         shapes = {name: tuple(shape) for name, (_, shape) in source.tensors.items()}
         self.subject = Subject(source.config, parts, shapes, source.tensor, threads)
@@ -95,6 +112,8 @@ class PrunedModel:
         ]
         text = None if self.text is None else self.text.digest
         facts = [_nybble.version(), weights, self.name, repr(self.method), text]
+        if self.recovery_text is not None:
+            facts += [repr(self.recovery), self.recovery_text.digest]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def make(self, *, progress: bool = True) -> Source:
@@ -162,8 +181,20 @@ class PrunedModel:
         if plan.keep:
             plan.save(folder)
         report = self._report(plan, layers, changes)
-        files.write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
         files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        if self.recovery is not None and self.recovery_text is not None:
+            left = tuple(_left(self.graph, plan))
+            patient = Patient(
+                subject(folder, self.threads),
+                self.subject,
+                left,
+                plan.keep.get("hidden"),
+                changes.masks,
+            )
+            report["recovery"] = recover(
+                folder, patient, self.recovery, self.recovery_text, self.threads, progress=progress
+            )
+        files.write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
 
     def _structured(
         self,
@@ -216,7 +247,7 @@ class PrunedModel:
         if not layers:
             message = "ratio: expected layers to be left, found none"
             raise ConfigError(message)
-        if kind in FAMILIES or layers == before:
+        if self.encoder or kind in FAMILIES or layers == before:
             return
         same = all(dict(layer) == dict(layers[0]) for layer in layers)
         heads = [
@@ -235,6 +266,8 @@ class PrunedModel:
         kind = config.get("model_type")
         before = structure(self.graph, Plan(self.graph.digest))
         left = _left(self.graph, cut.plan)
+        if self.encoder:
+            return _encoder_config(config, layers, before)
         if len(layers) != len(before):
             self._drop_layers(config, left)
         if kind in FAMILIES:
@@ -299,6 +332,30 @@ class PrunedModel:
 
 
 _INNER = {"opt": "ffn_dim", "gpt2": "n_inner"}
+
+
+def _encoder_config(
+    config: dict[str, Any], layers: list[dict[str, Any]], before: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Say the layers' shapes in an encoder's configuration; its head's width is that of all heads.
+
+    What the family's own keys say stays as it was, unless they can say all: as many neurons less in
+    every layer, where their number is a key.
+    """
+    sizes = config.get("vision_config")
+    sizes = dict(sizes) if isinstance(sizes, Mapping) else config
+    inner = layers[0]["intermediate_size"]
+    narrower = [{**layer, "intermediate_size": inner} for layer in before]
+    # SigLIP's attention behind the layers has a feed-forward block of that size, too.
+    known = sizes.get("intermediate_size") == before[0]["intermediate_size"]
+    known = known and not str(config.get("model_type")).startswith("siglip")
+    if layers == narrower and known:
+        sizes["intermediate_size"] = inner
+        if sizes is not config:
+            config["vision_config"] = sizes
+    elif layers != before:
+        config["nybble"] = {"version": 1, "structure": {"layers": layers}}
+    return config
 
 
 def _left(graph: UnitGraph, plan: Plan) -> list[int]:

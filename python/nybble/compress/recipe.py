@@ -45,7 +45,9 @@ they are written, and stored beside them.
 ``prune`` names a method in :data:`nybble.prune.METHODS`, with its settings: what is taken out
 before anything else is looked at. What is left is calibrated and quantized like a model of its own;
 kept neurons are a multiple of the weights' group. A method that takes out single weights leaves
-zeros, which quantization with ``zeros: whole`` or ``symmetric: true`` keeps.
+zeros, which quantization with ``zeros: whole`` or ``symmetric: true`` keeps. Among its settings,
+``recovery: {name: perp, tokens: 32768}`` names what is trained after the cut, before anything is
+quantized (:data:`nybble.prune.RECOVERIES`); by default nothing.
 
 A head that shares the embedding's matrix has the embedding's scheme, whatever ``head`` says.
 """
@@ -65,7 +67,7 @@ import yaml
 
 from nybble.errors import ArgumentError, ConfigError
 from nybble.prune import METHODS as PRUNINGS
-from nybble.prune import PruneMethod, Structured
+from nybble.prune import RECOVERIES, PruneMethod, Recovery, Structured
 from nybble.quant import FOLDS, METHODS, TUNINGS, ScaleTuning
 from nybble.quant.base import GROUPS, Quantizer, Scheme
 from nybble.quant.fold import Fold
@@ -271,6 +273,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self.sparsifier()
         self.pruner()
+        self.recovery()
         if self.tokens is not None:
             object.__setattr__(self, "tokens", _tokens(self.tokens))
         _check("floats", self.floats, ("auto", "bf16", "f16"))
@@ -318,17 +321,27 @@ class Recipe:
         """Return the pruning, made with its settings; ``None`` without one."""
         if self.prune is None:
             return None
-        method = _method(PRUNINGS, self.prune, "prune")
+        named = self.prune
+        if isinstance(named, Mapping):
+            named = {key: value for key, value in named.items() if key != "recovery"}
+        method = _method(PRUNINGS, named, "prune")
         group = self.weights.group
         if isinstance(method, Structured) and self.weights.bits < 16 and group is not None:
             # What reads the neurons is rounded in groups of them.
             method = dataclasses.replace(method, round_to=math.lcm(method.round_to, group))
         return method
 
+    def recovery(self) -> Recovery | None:
+        """Return what is trained after pruning, made with its settings; ``None`` for nothing."""
+        named = self.prune.get("recovery") if isinstance(self.prune, Mapping) else None
+        return None if named is None else _method(RECOVERIES, named, "prune.recovery")
+
     def needs_calibration(self) -> str:
         """Return which key needs calibration text; an empty text if none does."""
         if (pruner := self.pruner()) is not None and pruner.reads_text:
             return "prune"
+        if self.recovery() is not None:
+            return "prune.recovery"
         return self.needs_layers() or ("" if self.sparsity is None else "sparsity")
 
     def needs_layers(self) -> str:

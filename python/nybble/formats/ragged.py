@@ -40,7 +40,10 @@ def structure_of(config: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if found is None:
         return None
     layers = found.get("layers") if isinstance(found, Mapping) else None
-    count = config.get("num_hidden_layers")
+    # A vision tower inside a model with a text tower has its sizes in a section of their own.
+    tower = config.get("vision_config")
+    sizes = tower if isinstance(tower, Mapping) else config
+    count = sizes.get("num_hidden_layers")
     if not isinstance(layers, list) or len(layers) != count:
         message = f"config.json: nybble.structure.layers: expected {count} entries, one a layer"
         raise ConfigError(message)

@@ -21,10 +21,13 @@ from nybble.prune.llm_pruner import LlmPruner
 from nybble.prune.lottery import LotteryTickets
 from nybble.prune.magnitude import Magnitude
 from nybble.prune.magnitude_units import MagnitudeUnits
+from nybble.prune.normalised import Normalised
 from nybble.prune.perp import Perp
 from nybble.prune.plan import Cut, Plan, apply_masks, structure
 from nybble.prune.random_units import RandomUnits
 from nybble.prune.random_weights import RandomWeights
+from nybble.prune.reconstruction import Reconstruction
+from nybble.prune.recovery import Patient, Recovery
 from nybble.prune.refit import Refit
 from nybble.prune.sparsegpt import SparseGpt
 from nybble.prune.wanda import Wanda
@@ -32,6 +35,7 @@ from nybble.registry import Registry
 
 __all__ = [
     "METHODS",
+    "RECOVERIES",
     "AdaptPruner",
     "BlockSimilarity",
     "Cfsp",
@@ -46,11 +50,15 @@ __all__ = [
     "LotteryTickets",
     "Magnitude",
     "MagnitudeUnits",
+    "Normalised",
+    "Patient",
     "Perp",
     "Plan",
     "PruneMethod",
     "RandomUnits",
     "RandomWeights",
+    "Reconstruction",
+    "Recovery",
     "Refit",
     "Slice",
     "Sparse",
@@ -81,3 +89,10 @@ METHODS: Registry[PruneMethod] = Registry(
     wanda=Wanda,
 )
 """Every method by the name recipes use."""
+
+RECOVERIES: Registry[Recovery] = Registry(
+    "recovery",
+    perp=Perp,
+    reconstruction=Reconstruction,
+)
+"""What can be trained after a cut, by the name recipes use."""

@@ -78,7 +78,7 @@ class AdaptPruner(Structured):
             # Where shares are cut off at 0, the others would remove too much in the mean.
             wanted = target * step / self.steps
             shares *= wanted / max(shares.mean(), 1e-12)
-            scores = self.scores(groups, evidence)
+            scores = self.criterion.scores(groups, evidence)
             of = {g.name: float(shares[g.layer]) for g in groups if g.layer is not None}
             kept = by_shares(groups, scores, of, self.limits, kept)
         lens.release()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,17 @@ from nybble.errors import ArgumentError
 from nybble.prune.evidence import Evidence
 from nybble.prune.graph import Group
 
-__all__ = ["Additive", "Allocator", "Global", "Limits", "Sigmoid", "Table", "Uniform", "erk"]
+__all__ = [
+    "Additive",
+    "Allocator",
+    "Global",
+    "Limits",
+    "Sigmoid",
+    "Table",
+    "Uniform",
+    "erk",
+    "meet",
+]
 
 Doubles = npt.NDArray[np.float64]
 Kept = dict[str, npt.NDArray[np.int64]]
@@ -150,6 +160,50 @@ def by_shares(
         owed = wanted - removed[nearest]
         kept[group.name] = best(values, steps[nearest])
     return kept
+
+
+def meet(
+    ratio: float,
+    most: float,
+    keep: Callable[[float], Kept],
+    removed: Callable[[Kept], float],
+) -> Kept:
+    """Return the units that stay so that what is removed is nearest to a ratio.
+
+    For units that share weights: a convolution that loses half of its inputs and half of its
+    outputs is left with a quarter. Shares of units are tried, each half as far from the last.
+
+    Parameters
+    ----------
+    ratio
+        What is to go, as `removed` counts it.
+    most
+        The largest share of the units that may go.
+    keep
+        Returns the units that stay when a share of them goes.
+    removed
+        Returns what that removes; it rises with the share.
+
+    Raises
+    ------
+    ArgumentError
+        When more is to go than that share comes to.
+    """
+    low, high = 0.0, max(most, 0.0)
+    best_found = keep(high)
+    reached = removed(best_found)
+    if reached < ratio and ratio - reached > 1e-3:
+        message = f"ratio: expected at most {reached:.3f}, or a layer would be left empty; "
+        message += f"found {ratio}"
+        raise ArgumentError(message)
+    for _ in range(24):
+        middle = (low + high) / 2
+        found = keep(middle)
+        share = removed(found)
+        if abs(share - ratio) < abs(reached - ratio):
+            best_found, reached = found, share
+        low, high = (middle, high) if share < ratio else (low, middle)
+    return best_found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nybble import _nybble
 from nybble.calibrate.stats import InputStats
 from nybble.errors import ArgumentError, FormatError
-from nybble.prune.allocate import Allocator, Kept, Limits, Uniform
+from nybble.prune.allocate import Allocator, Kept, Limits, Uniform, meet
 from nybble.prune.compensate import Compensator, Nothing
 from nybble.prune.evidence import Evidence, Lens
 from nybble.prune.graph import Group, UnitGraph
@@ -83,6 +83,25 @@ class Criterion(ABC):
     def score(self, group: Group, evidence: Evidence) -> Doubles:
         """Return what each unit of a group is worth ``[size]``; the lowest go first."""
 
+    def scores(self, groups: Sequence[Group], evidence: Evidence) -> dict[str, Doubles]:
+        """Return scores by the groups' names.
+
+        Raises
+        ------
+        FormatError
+            When one is not a finite number.
+        """
+        out = {}
+        for group in groups:
+            with np.errstate(invalid="ignore", over="ignore"):
+                values = self.score(group, evidence)
+            if not np.isfinite(values).all():
+                found = values[~np.isfinite(values)][0]
+                message = f"{group.name}: expected finite scores, found {found}"
+                raise FormatError(message)
+            out[group.name] = values
+        return out
+
 
 def standardised(scores: Doubles) -> Doubles:
     """Return scores less their mean, divided by their standard deviation."""
@@ -106,8 +125,11 @@ class Structured(PruneMethod):
         single query heads; or ``none``.
     mlp
         Whether feed-forward blocks lose neurons.
+    hidden
+        Whether the residual stream loses channels, and with them every linear, norm and embedding.
     round_to
-        Neurons that stay in a layer are a multiple of it: groups of a quantization end there.
+        Neurons that stay in a layer are a multiple of it, and so are channels that stay: groups of
+        a quantization end there.
     floor
         Share of its units that each layer keeps at least.
     """
@@ -116,11 +138,15 @@ class Structured(PruneMethod):
     scope: str = "layers"
     attention: str = "kv"
     mlp: bool = True
+    hidden: bool = False
     round_to: int = 32
     floor: float = 0.1
 
     propagate: ClassVar[str] = "pruned"
     """Whether statistics for the compensation are those behind ``pruned`` or ``dense`` layers."""
+
+    scores_hidden: ClassVar[bool] = False
+    """Whether the criterion and the allocator can do with channels of the residual stream."""
 
     def __post_init__(self) -> None:
         number("ratio", self.ratio, 0, 0.99)
@@ -128,16 +154,19 @@ class Structured(PruneMethod):
         one_of("scope", self.scope, ("layers", "model"))
         one_of("attention", self.attention, ("kv", "head", "none"))
         one_of("mlp", self.mlp, (True, False))
+        one_of("hidden", self.hidden, (True, False) if self.scores_hidden else (False,))
         number("round_to", self.round_to, 1, 1 << 20, whole=True)
         if not self.kinds:
-            message = "prune: expected units to remove, found attention: none and mlp: false"
+            message = "prune: expected units to remove, found attention: none, mlp: false and "
+            message += "hidden: false"
             raise ArgumentError(message)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of units that may go (:data:`nybble.prune.graph.KINDS`)."""
         heads = () if self.attention == "none" else (self.attention,)
-        return (*heads, "neuron") if self.mlp else heads
+        neurons = ("neuron",) if self.mlp else ()
+        return (*heads, *neurons, "hidden") if self.hidden else (*heads, *neurons)
 
     @property
     @abstractmethod
@@ -168,6 +197,12 @@ class Structured(PruneMethod):
         """Return the groups that may lose units, in a model with this many layers."""
         return groups
 
+    def counted(self, graph: UnitGraph) -> list[str] | None:
+        """Return the tensors whose parameters the ratio is a share of; ``None`` for all."""
+        prefixes = tuple(f"{layer.prefix}." for layer in graph.layers)
+        layers = [name for name in graph.shapes if name.startswith(prefixes)]
+        return layers if self.scope == "layers" and prefixes else None
+
     def share(self, graph: UnitGraph, groups: Sequence[Group]) -> float:
         """Return the budget as a share of the parameters in the groups' units.
 
@@ -177,9 +212,7 @@ class Structured(PruneMethod):
             When those are fewer than what is to go.
         """
         inside = sum(group.size * group.cost for group in groups)
-        prefixes = tuple(f"{layer.prefix}." for layer in graph.layers)
-        layers = [name for name in graph.shapes if name.startswith(prefixes)]
-        scope = graph.parameters(layers if self.scope == "layers" and prefixes else None)
+        scope = graph.parameters(self.counted(graph))
         share = self.ratio * scope / max(inside, 1)
         if share >= 1:
             message = f"ratio: {self.ratio} of the {self.scope}' {scope} parameters are more than "
@@ -187,27 +220,27 @@ class Structured(PruneMethod):
             raise ArgumentError(message)
         return share
 
-    def scores(self, groups: Sequence[Group], evidence: Evidence) -> dict[str, Doubles]:
-        """Return scores, and refuse those that are not numbers."""
-        out = {}
-        for group in groups:
-            with np.errstate(invalid="ignore", over="ignore"):
-                values = self.criterion.score(group, evidence)
-            if not np.isfinite(values).all():
-                found = values[~np.isfinite(values)][0]
-                message = f"{group.name}: expected finite scores, found {found}"
-                raise FormatError(message)
-            out[group.name] = values
-        return out
-
     def keep(self, graph: UnitGraph, lens: Lens) -> Kept:
         """Return the units that stay."""
         groups = self.select(graph.of(*self.kinds), len(graph.layers))
-        share = self.share(graph, groups)
-        self.limits.check(groups, share)
+        # What runs through all layers shares its weights with the units in them.
+        shared = any(group.layer is None for group in groups)
+        if not shared:
+            self.limits.check(groups, self.share(graph, groups))
         evidence = lens.evidence(self.criterion.needs | self.allocator.needs)
-        scores = self.scores(groups, evidence)
-        return self.allocator.keep(groups, scores, share, self.limits, evidence)
+        scores = self.criterion.scores(groups, evidence)
+
+        def keep(share: float) -> Kept:
+            return self.allocator.keep(groups, scores, share, self.limits, evidence)
+
+        if not shared:
+            return keep(self.share(graph, groups))
+        counted = self.counted(graph)
+        total = graph.parameters(counted)
+        most = self.limits.removable(groups)
+        return meet(
+            self.ratio, most, keep, lambda kept: 1 - graph.parameters_left(kept, counted) / total
+        )
 
 
 def neighbours(pattern: str) -> tuple[int, int] | None:

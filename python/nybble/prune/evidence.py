@@ -68,10 +68,12 @@ class Evidence:
     cosines: Doubles = field(default_factory=lambda: np.zeros(0))
 
 
-def per_unit(part: Slice, values: npt.NDArray[Any]) -> Doubles:
-    """Return the sums over each unit's indices of values of all indices of a slice's axis."""
-    used = np.asarray(values[: part.edges[-1]], dtype=np.float64)
-    return np.asarray(np.add.reduceat(used, np.asarray(part.edges[:-1])), dtype=np.float64)
+def per_unit(part: Slice, values: npt.NDArray[Any], size: int) -> Doubles:
+    """Return the sums over each of `size` units of values of all indices of a slice's axis."""
+    of = np.asarray(part.units)
+    mine = of >= 0
+    sums = np.bincount(of[mine], np.asarray(values[: len(of)])[mine], minlength=size)
+    return np.asarray(sums, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,11 @@ class Lens:
             apply_masks(model, self.graph, Plan(self.graph.digest, _arrays(keep)))
             state = dict(model.named_parameters())
             found.weight = lambda name: state[name].data.numpy()
-        linears = {f"{linear['module']}.weight" for linear in self.subject.parts["linears"]}
-        linears |= {f"{linear['module']}.bias" for linear in self.subject.parts["linears"]}
-        wanted = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if name in linears and name in self.graph.shapes and not name.startswith("lm_head")
-        ]
+        linears = [entry["module"] for entry in self.subject.parts["linears"]]
+        names = {f"{linear}.weight" for linear in linears if not linear.startswith("lm_head")}
+        names |= {f"{linear}.bias" for linear in linears}
+        names |= {part.tensor for group in self.graph.groups.values() for part in group.slices}
+        wanted = [(name, p) for name, p in model.named_parameters() if name in names]
         for _, parameter in wanted:
             parameter.requires_grad_(True)
             parameter.grad = None

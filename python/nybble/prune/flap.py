@@ -63,7 +63,7 @@ class Fluctuation(Criterion):
     def score(self, group: Group, evidence: Evidence) -> Doubles:
         """Return the sum over a unit's inputs."""
         _, part = read_by(group)
-        return per_unit(part, self.channels(group, evidence))
+        return per_unit(part, self.channels(group, evidence), group.size)
 
 
 @dataclass(frozen=True)
@@ -130,5 +130,4 @@ class _Standardised(Fluctuation):
         _, part = read_by(group)
         values = self.channels(group, evidence)
         z = standardised(np.square(values) if group.kind != "neuron" else values)
-        counts = np.diff(part.edges)
-        return per_unit(part, z) / counts
+        return per_unit(part, z, group.size) / part.counts(group.size)

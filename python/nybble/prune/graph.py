@@ -1,13 +1,13 @@
 """What can be removed from a model: units, and the slices of tensors that go with each.
 
 A :class:`Group` is a row of units of one kind in one place: the neurons of a layer, its query
-heads, the layer as a whole. Removing a unit removes, in every :class:`Slice` of its group, a run of
+heads, the layer as a whole. Removing a unit removes, in every :class:`Slice` of its group, some
 indices along one axis; all slices of a unit go together, or the model means something else.
 Everything that chooses, masks or cuts works on this description alone and knows no family of
 models.
 
 :func:`transformer` makes the graph of every decoder and image encoder that nybble reads, from what
-the checkpoint says of its parts.
+the checkpoint says of its parts; :func:`nybble.prune.networks.trace` that of other torch modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ import numpy.typing as npt
 from nybble.errors import ArgumentError, UnsupportedError
 from nybble.registry import unknown
 
-__all__ = ["KINDS", "Group", "LayerParts", "Norms", "Slice", "UnitGraph", "transformer"]
+__all__ = [
+    "CHANNEL",
+    "KINDS",
+    "Builder",
+    "Group",
+    "LayerParts",
+    "Norms",
+    "Slice",
+    "UnitGraph",
+    "transformer",
+]
 
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
@@ -43,8 +53,12 @@ KINDS = {
 }
 """Kinds of units in transformers."""
 
-ROLES = ("out", "in", "norm", "whole")
-"""What a slice's indices are: what a module gives or reads, channels of a norm, all of it."""
+CHANNEL = "channel"
+"""The kind of unit in other networks: a channel, with all that is added to it and reads it."""
+
+ROLES = ("out", "in", "norm", "whole", "statistic")
+"""What a slice's indices are: what a module gives or reads, channels of a norm, all of it, or what
+a norm has counted, which is no parameter."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +71,28 @@ class Slice:
         Its name.
     axis
         The axis they lie along.
-    edges
-        Unit ``u`` has the indices from ``edges[u]`` up to ``edges[u + 1]``.
+    units
+        The unit that each index of the axis belongs to; -1 for none of the group's. Indices behind
+        the last belong to none either.
     role
         One of :data:`ROLES`.
     """
 
     tensor: str
     axis: int
-    edges: tuple[int, ...]
+    units: tuple[int, ...]
     role: str
 
     @staticmethod
     def regular(tensor: str, axis: int, units: int, width: int, role: str, start: int = 0) -> Slice:
         """Return a slice of `units` runs of `width` indices each, from `start` on."""
-        edges = range(start, start + units * width + 1, width)
-        return Slice(tensor, axis, tuple(edges), role)
+        of = [-1] * start + [unit for unit in range(units) for _ in range(width)]
+        return Slice(tensor, axis, tuple(of), role)
+
+    def counts(self, size: int) -> npt.NDArray[np.int64]:
+        """Return how many indices each of the group's `size` units has."""
+        of = np.asarray(self.units)
+        return np.bincount(of[of >= 0], minlength=size)
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,11 @@ class Group:
     layer: int | None = None
     follows: tuple[str, tuple[int, ...]] | None = None
     cost: int = 0
+
+    @property
+    def weights(self) -> tuple[Slice, ...]:
+        """The slices of parameters."""
+        return tuple(part for part in self.slices if part.role != "statistic")
 
 
 @dataclass(frozen=True)
@@ -166,12 +191,18 @@ class UnitGraph:
         The layers of a transformer; empty for other networks.
     norms
         What a change of the residual stream's width does to norms.
+    statistics
+        The tensors that are no parameters.
+    whole
+        What has no units although it might have, and why, by the module's path.
     """
 
     groups: Mapping[str, Group]
     shapes: Mapping[str, tuple[int, ...]]
     layers: tuple[LayerParts, ...] = ()
     norms: Norms = field(default_factory=Norms)
+    statistics: frozenset[str] = frozenset()
+    whole: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -195,8 +226,8 @@ class UnitGraph:
 
     def parameters(self, tensors: Iterable[str] | None = None) -> int:
         """Return the number of parameters of some tensors, without names of all."""
-        names = self.shapes if tensors is None else tensors
-        return sum(prod(self.shapes[name]) for name in names)
+        names = set(self.shapes) if tensors is None else set(tensors)
+        return sum(prod(self.shapes[name]) for name in names - self.statistics)
 
     def complete(self, keep: Keep) -> dict[str, npt.NDArray[np.int64]]:
         """Check which units stay, and add what follows from it.
@@ -230,34 +261,41 @@ class UnitGraph:
         axes: dict[str, dict[int, Bools]] = {}
         for name, units in self.complete(keep).items():
             group = self.groups[name]
-            gone = np.ones(group.size, dtype=bool)
-            gone[units] = False
-            if not gone.any():
+            # The last entry answers for -1, indices that belong to no unit.
+            kept = np.zeros(group.size + 1, dtype=bool)
+            kept[units] = kept[-1] = True
+            if kept.all():
                 continue
             for part in group.slices:
                 length = self.shapes[part.tensor][part.axis]
                 stays = axes.setdefault(part.tensor, {}).setdefault(
                     part.axis, np.ones(length, dtype=bool)
                 )
-                for unit in np.flatnonzero(gone):
-                    stays[part.edges[unit] : part.edges[unit + 1]] = False
+                stays[: len(part.units)] &= kept[np.asarray(part.units)]
         return axes
 
-    def parameters_left(self, keep: Keep) -> int:
-        """Return how many parameters a cut leaves."""
+    def parameters_left(self, keep: Keep, tensors: Iterable[str] | None = None) -> int:
+        """Return how many parameters a cut leaves of some tensors, without names of all."""
         axes = self.kept_axes(keep)
+        names = set(self.shapes) if tensors is None else set(tensors)
         total = 0
-        for name, shape in self.shapes.items():
+        for name in names - self.statistics:
             left = [
                 int(axes[name][axis].sum()) if axis in axes.get(name, {}) else length
-                for axis, length in enumerate(shape)
+                for axis, length in enumerate(self.shapes[name])
             ]
             total += prod(left)
         return total
 
 
-class _Builder:
-    """Collects groups and what each unit costs."""
+class Builder:
+    """Collects groups and what each unit costs.
+
+    Parameters
+    ----------
+    shapes
+        Shapes of the tensors; slices of others are left out.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -272,12 +310,14 @@ class _Builder:
         layer: int | None,
         follows: tuple[str, tuple[int, ...]] | None = None,
     ) -> None:
+        """Add a group."""
         present = tuple(part for part in slices if part.tensor in self.shapes)
         cost = 0
         for part in present:
+            if part.role == "statistic":
+                continue
             shape = self.shapes[part.tensor]
-            width = part.edges[1] - part.edges[0]
-            cost += width * prod(shape) // max(shape[part.axis], 1)
+            cost += part.units.count(0) * prod(shape) // max(shape[part.axis], 1)
         self.groups[name] = Group(name, kind, size, present, layer, follows, cost)
 
 
@@ -312,7 +352,7 @@ def transformer(
         message = "units: expected kv or head, found both: they divide the same tensors"
         raise ArgumentError(message)
     used = _used(plan, shapes)
-    build = _Builder(used)
+    build = Builder(used)
     linears = {linear["module"]: linear for linear in plan["linears"]}
     layers = []
     for index, layer in enumerate(plan["layers"]):
@@ -334,7 +374,7 @@ def _used(
 
 
 def _layer(
-    build: _Builder,
+    build: Builder,
     plan: Mapping[str, Any],
     layer: Mapping[str, Any],
     linears: Mapping[str, Mapping[str, Any]],
@@ -412,7 +452,7 @@ def _columns(linears: Mapping[str, Mapping[str, Any]], linear: str) -> Any:
 
 
 def _blocks(
-    build: _Builder,
+    build: Builder,
     plan: Mapping[str, Any],
     layer: Mapping[str, Any],
     index: int,
@@ -439,12 +479,12 @@ def _blocks(
             of[kind] += [t for t in mine if norm and t.startswith(f"{norm['module']}.")]
     of["layer"] = mine
     for kind in wanted:
-        parts = [Slice(t, 0, (0, build.shapes[t][0]), "whole") for t in of[kind]]
+        parts = [Slice(t, 0, (0,) * build.shapes[t][0], "whole") for t in of[kind]]
         build.add(f"layers.{index}.{kind}", kind, 1, parts, index)
 
 
 def _hidden(
-    build: _Builder, plan: Mapping[str, Any], linears: Mapping[str, Mapping[str, Any]]
+    build: Builder, plan: Mapping[str, Any], linears: Mapping[str, Mapping[str, Any]]
 ) -> Norms:
     if plan["family"] not in ("llama", "mistral", "qwen2", "qwen3"):
         message = f"{plan['family']}: its residual stream cannot become narrower: "

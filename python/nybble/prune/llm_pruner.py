@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -47,11 +47,11 @@ class Taylor(Criterion):
     def score(self, group: Group, evidence: Evidence) -> Doubles:
         """Return the reduced change of the loss."""
         found = []
-        for part in group.slices:
+        for part in group.weights:
             weight = np.asarray(evidence.weight(part.tensor), dtype=np.float64)
             change = self._change(weight, part.tensor, evidence)
             along = np.moveaxis(change, part.axis, 0).reshape(weight.shape[part.axis], -1)
-            values = per_unit(part, along.sum(axis=1))
+            values = per_unit(part, along.sum(axis=1), group.size)
             found.append(np.abs(values) if self.order == "vector" else values)
         if self.reduce == "first":
             return np.asarray(found[0])
@@ -86,7 +86,8 @@ class LlmPruner(Structured):
     here the recipe's calibration text.
 
     What differs here: the mean gradient of all windows of the text; what the steps of a layer round
-    away is made up for in the next one.
+    away is made up for in the next one. With ``hidden: true`` (the authors' channel mode, there
+    without the units of layers) channels of the residual stream are units, too.
 
     Parameters
     ----------
@@ -101,6 +102,8 @@ class LlmPruner(Structured):
     first: float = 4 / 32
     last: float = 30 / 32
 
+    scores_hidden: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("order", self.order, ORDERS)
@@ -114,6 +117,6 @@ class LlmPruner(Structured):
         return Taylor(self.order, self.reduce)
 
     def select(self, groups: list[Group], depth: int) -> list[Group]:
-        """Return those of the layers that may be pruned."""
+        """Return those of the layers that may be pruned, and what runs through all."""
         inside = range(round(self.first * depth), round(self.last * depth))
-        return [group for group in groups if group.layer in inside]
+        return [group for group in groups if group.layer is None or group.layer in inside]

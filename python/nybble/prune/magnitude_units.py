@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,10 +21,10 @@ class Magnitude(Criterion):
     def score(self, group: Group, evidence: Evidence) -> Doubles:
         """Return the norms."""
         total = np.zeros(group.size)
-        for part in group.slices:
+        for part in group.weights:
             values = np.square(np.asarray(evidence.weight(part.tensor), dtype=np.float64))
             along = np.moveaxis(values, part.axis, 0).reshape(values.shape[part.axis], -1)
-            total += per_unit(part, along.sum(axis=1))
+            total += per_unit(part, along.sum(axis=1), group.size)
         return np.sqrt(total)
 
 
@@ -39,6 +40,8 @@ class MagnitudeUnits(Structured):
 
     What differs here: nothing is trained afterwards.
     """
+
+    scores_hidden: ClassVar[bool] = True
 
     @property
     def criterion(self) -> Criterion:

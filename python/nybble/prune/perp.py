@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from nybble.errors import ArgumentError, FormatError
 from nybble.prune.base import number, one_of
+from nybble.prune.recovery import Floats, Patient, Recovery
 from nybble.registry import unknown
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Perp:
+class Perp(Recovery):
     """Biases, norms and low-rank changes of the weights that are left are trained; zeros stay.
 
     Paper: "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", arXiv 2312.15230.
@@ -35,14 +37,17 @@ class Perp:
     Both merge into ``W`` with not one zero lost and nothing changed in what the model computes.
 
     Defaults: ``rank`` 16, ``alpha`` 32, a warm-up of a tenth and a linear decay, as in the paper;
-    ``rate`` 0.001 is ours, and ``steps`` what the caller can pay.
+    ``rate`` 0.001 is ours, and so is a pass over 32768 tokens, a window a step.
 
     What differs here: masks are those of the plan, not ``W != 0``, since a weight that stays may be
-    zero. The loss is the caller's: that of the task for the whole model, or the squared error of
-    one layer's outputs for its reconstruction.
+    zero; where whole units went there is no mask, and all weights that are left may change. The
+    whole model is in memory in float32. :meth:`run` takes any loss of any module, so that of one
+    layer's outputs, too, as in the paper's reconstruction.
 
     Parameters
     ----------
+    tokens, context
+        See :class:`nybble.prune.recovery.Recovery`.
     adapters
         ``mask`` or ``scale`` for the two forms, ``none`` for biases and norms alone.
     biases, norms
@@ -51,8 +56,6 @@ class Perp:
         The adapters'.
     rate
         Largest step of the optimizer (AdamW without decay).
-    steps
-        How many.
     warmup
         Share of the steps in which the rate rises.
     """
@@ -63,18 +66,37 @@ class Perp:
     rank: int = 16
     alpha: float = 32.0
     rate: float = 1e-3
-    steps: int = 200
     warmup: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("adapters", self.adapters, ("mask", "scale", "none"))
         for name in ("biases", "norms"):
             one_of(name, getattr(self, name), (True, False))
         number("rank", self.rank, 1, 1 << 16, whole=True)
         number("alpha", self.alpha, 0, 1e6)
         number("rate", self.rate, 0, 10)
-        number("steps", self.steps, 1, 1 << 40, whole=True)
         number("warmup", self.warmup, 0, 1)
+
+    def recover(
+        self, patient: Patient, windows: npt.NDArray[np.int64], *, progress: bool = True
+    ) -> dict[str, Floats]:
+        """See :meth:`nybble.prune.recovery.Recovery.recover`; a window is a step."""
+        import torch
+
+        def loss(model: torch.nn.Module, window: npt.NDArray[np.int64]) -> torch.Tensor:
+            ids = torch.from_numpy(window)[None]
+            logits = model(ids, use_cache=False).logits[0, :-1]
+            found: torch.Tensor = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            return found
+
+        model = patient.pruned.walk().whole()
+        shown = tqdm(windows, "recover", unit="step", disable=not progress, dynamic_ncols=True)
+        stays = patient.stays() if self.adapters != "none" else {}
+        self.run(model, stays, shown, loss, len(windows))
+        trained = {name for name, _ in self._small(model)} | set(stays)
+        state = dict(model.named_parameters())
+        return {name: state[name].data.numpy() for name in patient.pruned.shapes if name in trained}
 
     def run(
         self,
@@ -82,6 +104,7 @@ class Perp:
         masks: Mapping[str, Bools],
         batches: Iterable[Any],
         loss: Callable[[torch.nn.Module, Any], torch.Tensor],
+        steps: int,
     ) -> list[float]:
         """Train in place; return the losses.
 
@@ -92,9 +115,11 @@ class Perp:
         masks
             Which weights stay, by the parameters' names; those of linears.
         batches
-            At least ``steps`` of whatever `loss` takes.
+            At least `steps` of whatever `loss` takes.
         loss
             What is made smaller.
+        steps
+            How many steps.
 
         Raises
         ------
@@ -105,6 +130,7 @@ class Perp:
         """
         import torch
 
+        number("steps", steps, 1, 1 << 40, whole=True)
         before = {name: p.requires_grad for name, p in model.named_parameters()}
         losses: list[float] = []
         try:
@@ -119,7 +145,7 @@ class Perp:
             optimizer = torch.optim.AdamW(trained, lr=self.rate, weight_decay=0.0)
             for batch in batches:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate * self._height(len(losses))
+                    group["lr"] = self.rate * self._height(len(losses), steps)
                 optimizer.zero_grad(set_to_none=True)
                 value = loss(model, batch)
                 losses.append(float(value.detach()))
@@ -128,34 +154,39 @@ class Perp:
                     raise FormatError(message)
                 value.backward()
                 optimizer.step()
-                if len(losses) == self.steps:
+                if len(losses) == steps:
                     break
         finally:
             merge(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(before[name])
                 parameter.grad = None
-        if len(losses) < self.steps:
-            message = f"batches: expected {self.steps}, found {len(losses)}"
+        if len(losses) < steps:
+            message = f"batches: expected {steps}, found {len(losses)}"
             raise ArgumentError(message)
         return losses
 
-    def _height(self, step: int) -> float:
-        warm = self.warmup * self.steps
+    def _height(self, step: int, steps: int) -> float:
+        warm = self.warmup * steps
         if step < warm:
             return (step + 1) / (warm + 1)
-        return (self.steps - step) / max(self.steps - warm, 1)
+        return (steps - step) / max(steps - warm, 1)
 
     def _trained(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
         """Return what is to be trained."""
         found = [p for p in model.parameters() if p.requires_grad]  # the adapters'
-        for module in model.modules():
+        for _, parameter in self._small(model):
+            parameter.requires_grad_(True)
+            found.append(parameter)
+        return found
+
+    def _small(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Give the norms and biases that are trained, with their names."""
+        for path, module in model.named_modules():
             norm = "norm" in type(module).__name__.lower()
             for name, parameter in module.named_parameters(recurse=False):
                 if (self.norms and norm) or (self.biases and name == "bias"):
-                    parameter.requires_grad_(True)
-                    found.append(parameter)
-        return found
+                    yield f"{path}.{name}" if path else name, parameter
 
 
 def insert(
@@ -174,7 +205,7 @@ def insert(
     linears = {
         f"{name}.weight": module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
     }
     for name, mask in masks.items():
         if name not in linears:

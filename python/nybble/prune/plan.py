@@ -242,21 +242,21 @@ class Cut:
 
 
 def apply_masks(module: torch.nn.Module, graph: UnitGraph, plan: Plan) -> None:
-    """Write a plan's zeros into a torch module's parameters.
+    """Write a plan's zeros into a torch module's parameters, and into what its norms have counted.
 
     Parameters
     ----------
     module
-        A module whose parameters on the CPU have the names of the graph's tensors.
+        A module whose tensors on the CPU have the names of the graph's.
     graph
         Its units.
     plan
         The plan.
     """
     cut = Cut(graph, plan)
-    for name, parameter in module.named_parameters():
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name in graph.shapes:
-            cut.mask(name, parameter.data.numpy())
+            cut.mask(name, tensor.data.numpy())
 
 
 def structure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -55,6 +56,8 @@ class RandomUnits(Structured):
     """
 
     seed: int = 0
+
+    scores_hidden: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ from typing import Any
 
 from nybble.errors import FormatError, UnsupportedError
 
-__all__ = ["byte_level_json", "rebuild"]
+__all__ = ["byte_level_json", "pre_name", "rebuild"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -325,6 +325,48 @@ def byte_level_json(
             "merges": merges,
         },
     }
+
+
+def pre_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return the name of the rule by which a byte-level tokenizer cuts text into words.
+
+    Parameters
+    ----------
+    tokenizer
+        The content of a ``tokenizer.json``.
+
+    Returns
+    -------
+    str or None
+        A value of ``tokenizer.ggml.pre``; ``None`` when its rule is none of the known ones.
+    """
+    wanted = _rule(tokenizer)
+    for name, pre in _PRE_TOKENIZERS.items():
+        if _rule(byte_level_json({}, [], pre)) == wanted:
+            return name
+    return None
+
+
+def _rule(tokenizer: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return what of a tokenizer decides about words, in one spelling."""
+    model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
+    steps = []
+    for step in _flat(tokenizer.get("pre_tokenizer")):
+        # Where offsets are trimmed changes no token; a step's other settings do.
+        settings = {key: value for key, value in step.items() if key != "trim_offsets"}
+        if step.get("type") == "ByteLevel":
+            settings.setdefault("use_regex", True)
+        steps.append(settings)
+    parts = [{"type": part.get("type")} for part in _flat(normalizer, "normalizers")]
+    return steps, parts, bool(model.get("ignore_merges"))
+
+
+def _flat(step: Any, inside: str = "pretokenizers") -> list[dict[str, Any]]:
+    if not step:
+        return []
+    if step.get("type") == "Sequence":
+        return [one for part in step.get(inside, ()) for one in _flat(part, inside)]
+    return [step]
 
 
 def _sentencepiece_json(

@@ -158,6 +158,11 @@ class Tokenizer:
         return None if token is None else str(token)
 
     @property
+    def text(self) -> str:
+        """The content of its ``tokenizer.json``."""
+        return self._text
+
+    @property
     def begins(self) -> bool:
         """Whether a text gets a begin token, so that even an empty one has tokens."""
         return bool(self.encode(""))

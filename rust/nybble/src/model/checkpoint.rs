@@ -19,7 +19,7 @@ use super::arch::{self, Arch};
 use super::encoder::EncoderSpec;
 use super::load::reorder;
 use super::quantization::Quantization;
-use super::spec::{LinearSpec, Spec};
+use super::spec::{LayerSpec, LinearSpec, Position, Spec};
 use super::structure;
 use crate::error::{Error, Result};
 use crate::format::dtype::dequantize;
@@ -182,7 +182,8 @@ impl Checkpoint {
     pub fn spec(&self) -> Result<Spec> {
         let spec = || {
             let mut spec = self.arch.decoder(&self.config)?;
-            structure::apply(&self.config, &mut spec)?;
+            let alibi = spec.position == Position::Alibi;
+            structure::apply(&self.config, &mut spec.layers, alibi)?;
             Ok(spec)
         };
         spec().map_err(|error| in_file(error, &self.config_file()))
@@ -190,7 +191,19 @@ impl Checkpoint {
 
     /// The specification of an image encoder; no size in it has been compared with the tensors yet.
     pub fn encoder_spec(&self) -> Result<EncoderSpec> {
-        self.arch.encoder(&self.config).map_err(|error| in_file(error, &self.config_file()))
+        let spec = || {
+            let mut spec = self.arch.encoder(&self.config)?;
+            structure::apply(&self.config, &mut spec.layers, false)?;
+            let whole = |layer: &LayerSpec| layer.attention.is_some() && layer.mlp.is_some();
+            if let Some(index) = spec.layers.iter().position(|layer| !whole(layer)) {
+                return Err(Error::unsupported(
+                    format!("layer {index} of an image encoder without attention or neurons"),
+                    "each has some of both",
+                ));
+            }
+            Ok(spec)
+        };
+        spec().map_err(|error| in_file(error, &self.config_file()))
     }
 
     /// How it is quantized, for a compressed folder.

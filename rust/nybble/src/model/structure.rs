@@ -15,7 +15,7 @@
 use serde_json::{Map, Value};
 
 use super::config::{Reader, brief};
-use super::spec::{AttentionSpec, BlockNorms, LayerSpec, LinearSpec, Position, Qkv, Spec};
+use super::spec::{AttentionSpec, BlockNorms, LayerSpec, LinearSpec, Qkv};
 use crate::error::{Error, Result};
 
 /// Where it stands, for messages.
@@ -25,20 +25,20 @@ const KEY: &str = "nybble.structure";
 const KEYS: [&str; 5] =
     ["num_attention_heads", "num_key_value_heads", "queries_per_kv", "intermediate_size", "biases"];
 
-/// Cuts the layers of `spec` as the configuration says, if it does.
-pub fn apply(config: &Value, spec: &mut Spec) -> Result<()> {
+/// Cuts the layers as the configuration says, if it does. With `alibi`, heads have slopes of their own.
+pub fn apply(config: &Value, specs: &mut [LayerSpec], alibi: bool) -> Result<()> {
     let section = config.get("nybble").and_then(|section| section.get("structure"));
     let Some(structure) = section.filter(|section| !section.is_null()) else { return Ok(()) };
     let mut reader = Reader::new(config)?;
     let layers = match structure.get("layers") {
-        Some(Value::Array(layers)) if layers.len() == spec.layers.len() => layers,
+        Some(Value::Array(layers)) if layers.len() == specs.len() => layers,
         other => {
             let found = other.map_or_else(|| "nothing".into(), brief);
-            reader.problem(format!("{KEY}.layers: expected a list of {}, found {found}", spec.layers.len()));
+            reader.problem(format!("{KEY}.layers: expected a list of {}, found {found}", specs.len()));
             return reader.finish(());
         }
     };
-    for (i, (entry, layer)) in layers.iter().zip(&mut spec.layers).enumerate() {
+    for (i, (entry, layer)) in layers.iter().zip(specs).enumerate() {
         let key = format!("{KEY}.layers[{i}]");
         let Value::Object(entry) = entry else {
             reader.problem(format!("{key}: expected an object, found {}", brief(entry)));
@@ -50,7 +50,7 @@ pub fn apply(config: &Value, spec: &mut Spec) -> Result<()> {
             return Err(Error::unsupported(format!("{KEY}.layers[{i}].{shown}"), detail));
         }
         let mut own = Reader::inner(entry);
-        cut(&mut own, entry, spec.position == Position::Alibi, layer);
+        cut(&mut own, entry, alibi, layer);
         reader.absorb(&key, own);
     }
     reader.finish(())
@@ -152,6 +152,7 @@ mod tests {
 
     use super::*;
     use crate::model::arch;
+    use crate::model::spec::Spec;
 
     fn llama(structure: &Value) -> Result<Spec> {
         let config = json!({
@@ -160,7 +161,7 @@ mod tests {
             "nybble": {"version": 1, "structure": structure},
         });
         let mut spec = arch::find(&config)?.decoder(&config)?;
-        apply(&config, &mut spec)?;
+        apply(&config, &mut spec.layers, false)?;
         Ok(spec)
     }
 

@@ -6,12 +6,12 @@
 
 use std::borrow::Cow;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value as Json, json};
 
 use super::{ARCHS, Arch};
 use crate::error::{Error, Result};
 use crate::format::dtype::dequantize;
-use crate::format::gguf::Gguf;
+use crate::format::gguf::{Array, Gguf, Value};
 use crate::model::spec::{MAX_LAYERS, Spec};
 
 /// The GGUF side of a family.
@@ -20,7 +20,7 @@ pub struct GgufArch {
     /// `general.architecture`.
     pub name: &'static str,
     /// The configuration from the metadata.
-    pub config: fn(&Metadata<'_>) -> Result<Map<String, Value>>,
+    pub config: fn(&Metadata<'_>) -> Result<Map<String, Json>>,
     /// Modules outside the layers: name in the file, name of the module.
     pub tensors: &'static [(&'static str, &'static str)],
     /// What the names of layers begin with, before the layer's number.
@@ -136,7 +136,7 @@ impl<'a> Metadata<'a> {
     }
 
     /// What every configuration has: the family, the vocabulary, the special tokens, whether the head is the embedding.
-    pub fn base(&self, model_type: &str) -> Result<Map<String, Value>> {
+    pub fn base(&self, model_type: &str) -> Result<Map<String, Json>> {
         if self.size("expert_count")?.is_some_and(|experts| experts > 0) {
             return Err(Error::unsupported(
                 format!("{}: a mixture of experts", self.gguf.path().display()),
@@ -165,20 +165,58 @@ impl<'a> Metadata<'a> {
         Ok(config)
     }
 
-    /// The configuration that Llama, Qwen and Gemma share.
-    pub fn gated(&self, model_type: &str) -> Result<Map<String, Value>> {
+    /// A whole number for each of `layers` layers, which the file says once or layer by layer.
+    fn each(&self, key: &str, layers: usize) -> Result<Option<Vec<u64>>> {
+        let full = self.key(key);
+        let found = match self.gguf.metadata().get(&full) {
+            None => return Ok(None),
+            Some(Value::Array(Array::U32(list))) => list.iter().map(|n| Some((*n).into())).collect(),
+            Some(Value::Array(Array::I32(list))) => list.iter().map(|n| (*n).try_into().ok()).collect(),
+            Some(Value::Array(Array::U64(list))) => list.iter().copied().map(Some).collect(),
+            Some(_) => self.gguf.u64(&full)?.map(|once| vec![once; layers]),
+        };
+        let found: Option<Vec<u64>> = found;
+        match found {
+            Some(list) if list.len() == layers => Ok(Some(list)),
+            _ => {
+                let expected = format!("a whole number or {layers} of them");
+                Err(Error::format(self.gguf.path(), full, expected, "others"))
+            }
+        }
+    }
+
+    /// The configuration that Llama, Qwen and Gemma share. Where layers differ it has their `nybble.structure`.
+    pub fn gated(&self, model_type: &str) -> Result<Map<String, Json>> {
         let mut config = self.base(model_type)?;
-        let (hidden, heads) = (self.need("embedding_length")?, self.need("attention.head_count")?);
+        let (hidden, count) = (self.need("embedding_length")?, self.need("block_count")?);
+        let layers = usize::try_from(count).ok().filter(|n| *n <= MAX_LAYERS).ok_or_else(|| {
+            let expected = format!("at most {MAX_LAYERS}");
+            Error::format(self.gguf.path(), self.key("block_count"), expected, count.to_string())
+        })?;
+        let absent = |key: &str| Error::format(self.gguf.path(), self.key(key), "a whole number", "nothing");
+        let each = |key: &str| self.each(key, layers)?.ok_or_else(|| absent(key));
+        let (heads, inner) = (each("attention.head_count")?, each("feed_forward_length")?);
+        let kv_heads = self.each("attention.head_count_kv", layers)?.unwrap_or_else(|| heads.clone());
+        let most = |list: &[u64]| list.iter().copied().max().unwrap_or(0);
+        let differ = [&heads, &kv_heads, &inner].iter().any(|list| list.windows(2).any(|w| w[0] != w[1]));
+        let kv = most(&kv_heads);
+        let mut all_heads = most(&heads);
+        if differ {
+            config.insert("nybble".into(), self.structure(&heads, &kv_heads, &inner));
+            // No layer's own, so only what a reader asks of it matters: heads divided evenly.
+            all_heads = all_heads.div_ceil(kv.max(1)).saturating_mul(kv.max(1));
+        }
         for (key, value) in [
             ("hidden_size", hidden),
-            ("intermediate_size", self.need("feed_forward_length")?),
-            ("num_hidden_layers", self.need("block_count")?),
-            ("num_attention_heads", heads),
-            ("num_key_value_heads", self.size("attention.head_count_kv")?.unwrap_or(heads)),
+            ("intermediate_size", most(&inner)),
+            ("num_hidden_layers", count),
+            ("num_attention_heads", all_heads),
+            ("num_key_value_heads", kv),
             ("max_position_embeddings", self.need("context_length")?),
         ] {
             config.insert(key.into(), json!(value));
         }
+        let heads = all_heads;
         let rotated = self.size("rope.dimension_count")?;
         let width = self.size("attention.key_length")?.or(rotated).unwrap_or(hidden / heads.max(1));
         for (key, other) in [
@@ -200,13 +238,27 @@ impl<'a> Metadata<'a> {
         Ok(config)
     }
 
+    /// The section for layers of different shapes, with the biases that compensation has added.
+    fn structure(&self, heads: &[u64], kv_heads: &[u64], inner: &[u64]) -> Json {
+        let entry = |layer: usize| {
+            let has = |part: &str| self.has_tensor(&format!("blk.{layer}.{part}.bias"));
+            let biases: Vec<_> = [("attn_output", "attn_q", "o_proj"), ("ffn_down", "ffn_up", "down_proj")]
+                .into_iter()
+                .filter_map(|(last, first, name)| (has(last) && !has(first)).then_some(name))
+                .collect();
+            json!({"num_attention_heads": heads[layer], "num_key_value_heads": kv_heads[layer],
+                   "intermediate_size": inner[layer], "biases": biases})
+        };
+        json!({"version": 1, "structure": {"layers": (0..heads.len()).map(entry).collect::<Vec<_>>()}})
+    }
+
     #[expect(clippy::float_cmp, reason = "a factor of exactly 1 is none")]
     /// Adds `rope_theta` and `rope_scaling`. `config` has `head_dim` and `max_position_embeddings`.
-    pub fn rope(&self, config: &mut Map<String, Value>) -> Result<()> {
+    pub fn rope(&self, config: &mut Map<String, Json>) -> Result<()> {
         if let Some(theta) = self.number("rope.freq_base")? {
             config.insert("rope_theta".into(), json!(theta));
         }
-        let size = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(1);
+        let size = |key: &str| config.get(key).and_then(Json::as_u64).unwrap_or(1);
         let context = size("max_position_embeddings");
         let original = self.size("rope.scaling.original_context_length")?.unwrap_or(context);
         let factor = self.number("rope.scaling.factor")?;
@@ -225,7 +277,7 @@ impl<'a> Metadata<'a> {
                 }
                 yarn
             }
-            ("none" | "linear", _) => Value::Null,
+            ("none" | "linear", _) => Json::Null,
             (other, _) => {
                 let shown: String = other.chars().take(60).collect();
                 return Err(Error::unsupported(
@@ -264,7 +316,7 @@ impl<'a> Metadata<'a> {
 
 /// Divisors of rotary frequencies as a `rope_scaling`. The formula that made them is not in the file, so they are written
 /// out; `longrope` is the spelling that transformers reads too.
-fn factors_as_config(factors: &[f32], context: u64) -> Value {
+fn factors_as_config(factors: &[f32], context: u64) -> Json {
     json!({"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0, "attention_factor": 1.0,
            "original_max_position_embeddings": context})
 }

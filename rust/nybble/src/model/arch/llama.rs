@@ -30,6 +30,9 @@ fn spec(config: &Value) -> Result<Spec> {
     gated::spec(reader, &traits)
 }
 
+/// Llamas whose layers differ: llama.cpp reads those under the name of the first such models.
+pub(super) static DECI: Arch = Arch { family: "llama", model_types: &[], gguf: Some(&DECI_GGUF), ..ARCH };
+
 static GGUF: GgufArch = GgufArch {
     name: "llama",
     config: gguf_config,
@@ -38,6 +41,8 @@ static GGUF: GgufArch = GgufArch {
     block_tensors: super::gguf::GATED_BLOCK,
     transform,
 };
+
+static DECI_GGUF: GgufArch = GgufArch { name: "deci", ..GGUF };
 
 fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
     let mut config = meta.gated("llama")?;
@@ -58,19 +63,11 @@ fn gguf_config(meta: &Metadata<'_>) -> Result<Map<String, Value>> {
 /// llama.cpp rotates neighbouring columns, transformers the two halves of a head, so the converter reordered the rows of
 /// the query and key projections within each head: row `half * d/2 + i` was moved to `2 i + half`.
 fn transform(name: &str, rows: usize, spec: &Spec) -> Transform {
-    let attention = spec.layers.first().and_then(|layer| layer.attention.as_ref());
-    let Some(attention) = attention else { return Transform::None };
-    let heads = if name.contains(".self_attn.q_proj.") {
-        attention.heads
-    } else if name.contains(".self_attn.k_proj.") {
-        attention.kv_heads
-    } else {
-        return Transform::None;
-    };
-    if heads == 0 || !rows.is_multiple_of(2 * heads) {
-        return Transform::None; // the shape is wrong, which validation reports
+    let rotated = [".self_attn.q_proj.", ".self_attn.k_proj."].iter().any(|part| name.contains(part));
+    let dim = spec.layers.iter().find_map(|layer| layer.attention.as_ref()).map_or(0, |a| a.head_dim);
+    if !rotated || dim < 2 || !rows.is_multiple_of(dim) {
+        return Transform::None; // a wrong shape is what validation reports
     }
-    let dim = rows / heads;
     let stored = |row: usize| {
         let (head, in_head) = (row / dim, row % dim);
         let (half, i) = (in_head / (dim / 2), in_head % (dim / 2));

@@ -53,6 +53,7 @@ pub enum Builder {
 /// All families.
 pub static ARCHS: &[&Arch] = &[
     &llama::ARCH,
+    &llama::DECI,
     &qwen2::ARCH,
     &qwen3::ARCH,
     &gemma3::ARCH,

@@ -117,9 +117,11 @@ fn chunk(
         let (Some(attention), Some(mlp)) = (attention, mlp) else {
             unreachable!("no configuration of an encoder leaves out a part of a layer");
         };
-        let cache = memory
-            .cache
-            .get_or_insert_with(|| KvCache::new(attention.kv_heads, attention.head_dim, model.kv));
+        let cache = match &mut memory.cache {
+            Some(cache) if cache.kv_heads() == attention.kv_heads => cache,
+            // Of a pruned model whose layers differ, each needs its own.
+            other => other.insert(KvCache::new(attention.kv_heads, attention.head_dim, model.kv)),
+        };
 
         project(run, attention_block, attention, None, &|row| row, None, n, s)?;
         if let Some(reduction) = &mut reduction {
