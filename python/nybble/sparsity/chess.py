@@ -60,8 +60,8 @@ class Chess(SparsityMethod):
       0.267 and 0.282. With a damping of 0.01 it rises to 0.39 and 0.38, and, on 5120 tokens, in all
       layers and beside the last point below, the perplexity by 42 % instead of 37 %.
     * A bias for the mean of what is left out: 0.272 and 0.290 in the place of 0.274 and 0.291.
-    * ``E|u_i|`` over the half of the tokens in which the neuron's gate is smallest: 23.43 instead of
-      23.85 on 3072 tokens. Its root mean square over all tokens: 23.71.
+    * ``E|u_i|`` over the half of the tokens in which the neuron's gate is smallest: 23.43 in the
+      place of 23.85 on 3072 tokens. Its root mean square over all tokens: 23.71.
     * Importance times the norm of the neuron's column of ``down``: +37 % instead of +31 % on 2048
       tokens (in float).
     """
