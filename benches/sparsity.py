@@ -3,8 +3,7 @@
 Thresholds are found on one half of the text and judged on the other. Speeds are of one token at a
 time behind a short prompt; dense and sparse take turns, of which either is first every other time.
 A row has the medians of the speeds, and as ``ratio`` the median of the turns' ratios, with their
-quarters; ``cpu_ratio`` is the median of the ratios of processor seconds, which other programs
-disturb less (with several threads it counts those that wait, too)::
+quarters::
 
     python benches/sparsity.py MODEL TEXT --csv FILE [--tokens 8192] [--threads 2] [--rounds 9]
 """
@@ -30,21 +29,15 @@ _NEW = 48
 
 def _turns(
     model: nybble.LanguageModel, prompt: list[int], rounds: int
-) -> tuple[dict[str, Any], list[list[tuple[float, float]]]]:
-    """Return metrics, and of each turn tokens a second and processor seconds, dense and sparse."""
+) -> tuple[dict[str, Any], list[list[float]]]:
+    """Return metrics, and of each turn tokens a second, dense and sparse."""
     handle, metrics, turns = model._sparsity, {}, []
     for turn in range(rounds + 1):
-        found = [(0.0, 0.0)] * 2
+        found = [0.0, 0.0]
         for sparse in (0, 1) if turn % 2 else (1, 0):
             model._sparsity = handle if sparse else None
-            began = time.process_time()
-            model.generate(prompt, 1, ignore_end=True)
-            middle = time.process_time()
             result = model.generate(prompt, _NEW, ignore_end=True)
-            # Without the prompt's seconds.
-            spent = time.process_time() - middle - (middle - began)
-            speed = result.metrics["decode_tokens"] / result.metrics["decode_seconds"]
-            found[sparse] = speed, spent
+            found[sparse] = result.metrics["decode_tokens"] / result.metrics["decode_seconds"]
             metrics = result.metrics.get("sparsity") or metrics
         turns.append(found)
     model._sparsity = handle
@@ -78,7 +71,7 @@ def main() -> None:
     head = (
         "model,cpu,threads,method,sparsity,tokens,perplexity,rise_percent,inactive_neurons,"
         "sparse_layers,layers,sparse_linears,dense_tok_s,tok_s,ratio,ratio_low,"
-        "ratio_high,cpu_ratio,bundle_mb,measured"
+        "ratio_high,bundle_mb,measured"
     )
     with given.csv.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -93,11 +86,10 @@ def main() -> None:
                 handle = model._sparsity
                 metrics, turns = _turns(model, prompt, given.rounds)
                 assert handle is not None
-                slow, fast = (statistics.median(turn[key][0] for turn in turns) for key in (0, 1))
+                slow, fast = (statistics.median(turn[key] for turn in turns) for key in (0, 1))
                 low, ratio, high = statistics.quantiles(
-                    [fast[0] / slow[0] for slow, fast in turns], n=4, method="inclusive"
+                    [fast / slow for slow, fast in turns], n=4, method="inclusive"
                 )
-                cpu_ratio = statistics.median(slow[1] / fast[1] for slow, fast in turns)
                 active = float(np.mean([layer.active for layer in thresholds]))
                 inactive = metrics.get("inactive_neurons")
                 row = [
@@ -118,7 +110,6 @@ def main() -> None:
                     f"{ratio:.3f}",
                     f"{low:.3f}",
                     f"{high:.3f}",
-                    f"{cpu_ratio:.3f}",
                     f"{handle.bytes() / 1e6:.1f}",
                     time.strftime("%Y-%m-%d"),
                 ]
