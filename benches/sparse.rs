@@ -8,8 +8,8 @@
 //! cargo bench -p nybble --bench sparse [-- --csv FILE] [--quick] [--filter TEXT]
 //! ```
 //!
-//! `NYBBLE_THREADS` sets the threads, `--quick` runs everything once and small. A row's two times are medians over passes that
-//! took turns, so that other programs disturb both alike.
+//! `NYBBLE_THREADS` sets the threads, `--quick` runs everything once and small. Both kinds take turns, so that other programs
+//! disturb both alike: a row's two times are medians, and its speed-up is the median of the turns' own ratios.
 #![allow(missing_docs)]
 #![allow(clippy::print_stdout)] // a report
 
@@ -211,11 +211,12 @@ fn main() {
                         }
                     }
                     let each = 1e6 / layers.len() as f64;
+                    let ratios = without.iter().zip(&with).map(|(without, with)| without / with).collect();
                     let (without, with) = (median(without) * each, median(with) * each);
                     let mut line = format!("{name},{hidden},{ffn},{place},{group_up},{group_down},");
                     let isa = kernels.w4a8_sparse.isa().name();
                     let _ = write!(line, "{isa},{},{percent},{without:.1},{with:.1}", pool.threads());
-                    let _ = write!(line, ",{:.3}", without / with);
+                    let _ = write!(line, ",{:.3}", median(ratios));
                     println!("{line}");
                     table += &line;
                     table.push('\n');

@@ -1,9 +1,11 @@
 """Tokens a second and perplexity of a model whose neurons are skipped, beside the same model dense.
 
 Thresholds are found on one half of the text and judged on the other. Speeds are of one token at a
-time behind a short prompt; dense and sparse take turns, and a row has the medians::
+time behind a short prompt; dense and sparse take turns, of which either is first every other time.
+A row has the medians of the speeds, and as ``ratio`` the median of the turns' ratios, with their
+quarters::
 
-    python benches/sparsity.py MODEL TEXT --csv FILE [--tokens 8192] [--threads 2]
+    python benches/sparsity.py MODEL TEXT --csv FILE [--tokens 8192] [--threads 2] [--rounds 9]
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +25,23 @@ from nybble.eval import perplexity, read_text
 from nybble.sparsity import METHODS, observe
 
 _NEW = 48
-_ROUNDS = 5
+
+
+def _turns(
+    model: nybble.LanguageModel, prompt: list[int], rounds: int
+) -> tuple[dict[str, Any], list[list[float]]]:
+    """Return metrics, and of each turn tokens a second, dense and sparse."""
+    handle, metrics, turns = model._sparsity, {}, []
+    for turn in range(rounds + 1):
+        found = [0.0, 0.0]
+        for sparse in (0, 1) if turn % 2 else (1, 0):
+            model._sparsity = handle if sparse else None
+            result = model.generate(prompt, _NEW, ignore_end=True)
+            found[sparse] = result.metrics["decode_tokens"] / result.metrics["decode_seconds"]
+            metrics = result.metrics.get("sparsity") or metrics
+        turns.append(found)
+    model._sparsity = handle
+    return metrics, turns[1:]  # the first warms up
 
 
 def main() -> None:
@@ -33,6 +52,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     model = nybble.load(given.model, given.threads, draft="off", sparsity="off")
     text = read_text(given.text)
@@ -49,8 +69,9 @@ def main() -> None:
     prompt = model.tokenizer.encode(judged[:600])
     dense_surprise = surprise()
     head = (
-        "model,cpu,threads,method,sparsity,perplexity,rise_percent,inactive_neurons,"
-        "sparse_layers,layers,sparse_linears,dense_tok_s,tok_s,ratio,bundle_mb,measured"
+        "model,cpu,threads,method,sparsity,tokens,perplexity,rise_percent,inactive_neurons,"
+        "sparse_layers,layers,sparse_linears,dense_tok_s,tok_s,ratio,ratio_low,"
+        "ratio_high,bundle_mb,measured"
     )
     with given.csv.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -62,19 +83,13 @@ def main() -> None:
                 thresholds = [method.fit(s) for s in seen]
                 model.sparsify(thresholds)
                 found = surprise()
-                speeds: dict[bool, list[float]] = {True: [], False: []}
-                handle, metrics = model._sparsity, {}
-                for round_ in range(2 * _ROUNDS + 2):
-                    sparse = round_ % 2 == 0
-                    model._sparsity = handle if sparse else None
-                    result = model.generate(prompt, _NEW, ignore_end=True)
-                    if round_ >= 2:  # the first of each warms up
-                        speeds[sparse].append(
-                            result.metrics["decode_tokens"] / result.metrics["decode_seconds"]
-                        )
-                    metrics = result.metrics.get("sparsity") or metrics
+                handle = model._sparsity
+                metrics, turns = _turns(model, prompt, given.rounds)
                 assert handle is not None
-                slow, fast = (statistics.median(speeds[key]) for key in (False, True))
+                slow, fast = (statistics.median(turn[key] for turn in turns) for key in (0, 1))
+                low, ratio, high = statistics.quantiles(
+                    [fast / slow for slow, fast in turns], n=4, method="inclusive"
+                )
                 active = float(np.mean([layer.active for layer in thresholds]))
                 inactive = metrics.get("inactive_neurons")
                 row = [
@@ -83,6 +98,7 @@ def main() -> None:
                     model.info["threads"],
                     name,
                     share,
+                    given.tokens,
                     f"{found:.3f}",
                     f"{100 * (found / dense_surprise - 1):.2f}",
                     f"{1 - active if inactive is None else inactive:.3f}",
@@ -91,7 +107,9 @@ def main() -> None:
                     handle.sparse_linears(),
                     f"{slow:.1f}",
                     f"{fast:.1f}",
-                    f"{fast / slow:.3f}",
+                    f"{ratio:.3f}",
+                    f"{low:.3f}",
+                    f"{high:.3f}",
                     f"{handle.bytes() / 1e6:.1f}",
                     time.strftime("%Y-%m-%d"),
                 ]

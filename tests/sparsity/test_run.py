@@ -166,14 +166,22 @@ def test_times_are_kept(sparse_folder):
     from nybble.speculate import times
 
     model = nybble.load(sparse_folder, 2)
-    file = times.path(model.info, "sparsity")
+    file = times.path(model.info, "skipping")
     kept = times.stored(file)
     assert kept["inputs"] == [None] * 5
     assert kept["neurons"]["dense"] > 0
     assert [share for share, _ in kept["neurons"]["sparse"]] == [0.1, 0.3, 0.5, 0.7]
-    file.write_text('{"neurons": "fast"}')
-    nybble.load(sparse_folder, 2)
-    assert times.stored(file)["neurons"]["dense"] > 0
+    # Of other inputs the times are added, and those of neurons stay.
+    model.sparsify([Thresholds(inputs={"out": 0.1, "down": 0.1})] * model.info["layers"])
+    more = times.stored(file)
+    assert more["neurons"] == kept["neurons"]
+    assert [times is not None for times in more["inputs"]] == [False, False, True, False, True]
+    model.sparsify([Thresholds(inputs={"out": 0.1})] * model.info["layers"])
+    assert times.stored(file) == more
+    for damaged in ('{"neurons": "fast"}', "[1, 2]", "{"):
+        file.write_text(damaged)
+        nybble.load(sparse_folder, 2)
+        assert times.stored(file)["neurons"]["dense"] > 0
 
 
 INPUT_SETS = [

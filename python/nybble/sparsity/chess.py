@@ -48,6 +48,22 @@ class Chess(SparsityMethod):
         sparsity    30 %      50 %      70 %
         chess      +4.1 %   +24.2 %    +130 %
         cats       +5.5 %   +35.9 %    +266 %
+
+    Tried on the same model at 50 %, and left out for what little it gave:
+
+    * Shares that differ by layer, from the divergence of the predictions with one layer sparse at a
+      time (256 tokens, three shares each, greedily from there): +25.1 % instead of +22.7 % on 8192
+      tokens. Half way between those shares and equal ones, 23.84 instead of 24.06 on 3072.
+    * Least squares for ``down`` on what is left of its inputs (in float): with 16384 tokens of
+      calibration and the damping that is best on other text, the error of a layer's output falls
+      there from 0.274 to 0.261 (layer 3) and from 0.291 to 0.271 (layer 12); with 4096 tokens to
+      0.267 and 0.282. With a damping of 0.01 it rises to 0.39 and 0.38, and, on 5120 tokens, in all
+      layers and beside the last point below, the perplexity by 42 % instead of 37 %.
+    * A bias for the mean of what is left out: 0.272 and 0.290 in the place of 0.274 and 0.291.
+    * ``E|u_i|`` over the half of the tokens in which the neuron's gate is smallest: 23.43 in the
+      place of 23.85 on 3072 tokens. Its root mean square over all tokens: 23.71.
+    * Importance times the norm of the neuron's column of ``down``: +37 % instead of +31 % on 2048
+      tokens (in float).
     """
 
     sparsity: float = 0.5

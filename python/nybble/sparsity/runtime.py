@@ -28,13 +28,24 @@ def probe(model: _nybble.Model, info: Mapping[str, Any], sparsity: _nybble.Spars
     sparsity
         What it takes for zero.
     """
-    file = times.path(info, "sparsity")
-    known = None
-    with contextlib.suppress(OSError, ValueError):
-        known = json.dumps(times.stored(file))
+    file = times.path(info, "skipping")
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(times.stored(file))
     try:
-        found = sparsity.probe(model, known)
+        found = sparsity.probe(model, json.dumps(known) if known else None)
     except ArgumentError:  # a damaged file
-        known, found = None, sparsity.probe(model)
-    if known is None and found is not None:
-        times.store(file, json.loads(found))
+        known, found = {}, sparsity.probe(model)
+    if found is None:
+        return
+    kept = _with(known, json.loads(found))
+    if kept != known:
+        times.store(file, kept)
+
+
+def _with(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return times that were found, and those known of what was not looked for this time."""
+    before = known.get("inputs") or [None] * len(found["inputs"])
+    pairs = zip(found["inputs"], before, strict=True)
+    neurons = found["neurons"] or known.get("neurons")
+    return {"neurons": neurons, "inputs": [now or earlier for now, earlier in pairs]}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::linear::{Linear, Part, Run};
+use super::linear::{Linear, Part, Run, list_where};
 use super::spec::{Activation, NormKind};
 use crate::error::Result;
 use crate::kernels::quantize::{Activations, Source};
@@ -187,13 +187,8 @@ impl Active {
     /// Lists the neurons whose `act` is above their threshold.
     pub(super) fn find(&mut self, act: &[f32], least: &[f32]) {
         self.picked.resize(act.len(), 0.0);
-        self.list.resize(act.len(), 0);
-        let mut count = 0;
-        for (n, (act, least)) in (0..).zip(act.iter().zip(least)) {
-            self.list[count] = n;
-            count += usize::from(act.abs() > *least || act.is_nan());
-        }
-        self.list.truncate(count);
+        let above = |(act, least): (&f32, &f32)| act.abs() > *least || act.is_nan();
+        list_where(&mut self.list, act.iter().zip(least).map(above));
     }
 }
 

@@ -340,7 +340,8 @@ fn skipping(
     y: &mut [f32],
 ) -> Result<bool> {
     let Some(skip) = skip.filter(|_| n == 1) else { return Ok(false) };
-    let Some(columns) = skip.sparsity.columns(skip.layer, input) else { return Ok(false) };
+    let columns = skip.sparsity.columns(skip.layer, input).filter(|columns| columns.worth_a_look());
+    let Some(columns) = columns else { return Ok(false) };
     let sparse = linear.forward_skipping(run, columns, x, &mut active.list, rounded, y)?;
     skip.skipped.linears += u64::from(sparse);
     Ok(true)

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::settings::Settings;
 use crate::error::Result;
@@ -45,9 +46,44 @@ pub(super) struct Skippable {
     bundles: Vec<Bundles>, // of each of these matrices
     /// Inputs that may be other than 0; with more of them all columns are read.
     pub(super) most: usize,
+    patience: Patience,
+}
+
+/// When to look again whether few enough inputs are other than 0: looking costs time of its own, a few hundredths of that of a
+/// small linear, in vain where they never are.
+#[derive(Debug, Default)]
+struct Patience {
+    /// Times in a row that there were too many, up to a limit.
+    misses: AtomicU32,
+    /// Tokens that will not be looked at.
+    wait: AtomicU32,
+}
+
+impl Patience {
+    /// At most `2^MISSES - 1` tokens are not looked at.
+    const MISSES: u32 = 6;
+
+    /// Whether to look at this token.
+    fn look(&self) -> bool {
+        let wait = self.wait.load(Ordering::Relaxed);
+        self.wait.store(wait.saturating_sub(1), Ordering::Relaxed);
+        wait == 0
+    }
+
+    /// Takes note of what was seen.
+    fn saw(&self, few: bool) {
+        let misses = if few { 0 } else { Self::MISSES.min(self.misses.load(Ordering::Relaxed) + 1) };
+        self.misses.store(misses, Ordering::Relaxed);
+        self.wait.store((1 << misses) - 1, Ordering::Relaxed);
+    }
 }
 
 impl Skippable {
+    /// Whether it is worth looking for inputs that are 0.
+    pub(super) fn worth_a_look(&self) -> bool {
+        self.patience.look()
+    }
+
     pub(super) fn inputs(&self) -> usize {
         self.bundles.first().map_or(0, Bundles::neurons)
     }
@@ -59,6 +95,18 @@ impl Skippable {
     pub(super) fn bytes(&self) -> usize {
         self.bundles.iter().map(Bundles::bytes).sum()
     }
+}
+
+/// Lists the places where `flags` are set, without branches: half of these would be foretold wrongly, which costs more than the
+/// columns that are then skipped.
+pub(super) fn list_where(list: &mut Vec<u32>, flags: impl ExactSizeIterator<Item = bool>) {
+    list.resize(flags.len(), 0);
+    let mut count = 0;
+    for (n, flag) in (0..).zip(flags) {
+        list[count] = n;
+        count += usize::from(flag);
+    }
+    list.truncate(count);
 }
 
 /// `y = W x + b`.
@@ -155,7 +203,7 @@ impl Linear {
         }
         let bundles = parts.iter().map(|part| Bundles::new(None, &part.weight, pool));
         let bundles = bundles.collect::<Result<_>>()?;
-        Ok(Some(Skippable { which, bundles, most: usize::MAX }))
+        Ok(Some(Skippable { which, bundles, most: usize::MAX, patience: Patience::default() }))
     }
 
     /// As [`Linear::forward_parts`] of one row and the matrices of `columns`; returns whether it skipped the columns whose
@@ -169,17 +217,16 @@ impl Linear {
         rounded: &mut Activations,
         y: &mut [f32],
     ) -> Result<bool> {
-        let Skippable { which, bundles, most } = columns;
+        let Skippable { which, bundles, most, patience } = columns;
         let parts = &self.parts[which.clone()];
         let Part { weight, rounding: Some(rounding) } = &parts[0] else {
             unreachable!("columns are those of rounded matrices");
         };
         let (cols, group) = (weight.cols(), weight.group());
         rounded.quantize_source(run.pool, run.kernels.quantize, x, 1, cols, group, *rounding, &[])?;
-        active.clear();
-        active.reserve(cols);
-        active.extend((0..).zip(&rounded.codes(0)[..cols]).filter(|(_, code)| **code != 0).map(|(i, _)| i));
+        list_where(active, rounded.codes(0)[..cols].iter().map(|code| *code != 0));
         let few = active.len() <= *most;
+        patience.saw(few);
         let mut first = self.outputs(which.clone()).start;
         if few {
             for bundles in bundles {
@@ -258,5 +305,40 @@ impl Linear {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_never_sparse_is_rarely_looked_at() {
+        let looked_at = |patience: &Patience, few: bool| {
+            let look = |_: &usize| {
+                let look = patience.look();
+                if look {
+                    patience.saw(few);
+                }
+                look
+            };
+            (0..1000).filter(look).collect::<Vec<_>>()
+        };
+        let patience = Patience::default();
+        let found = looked_at(&patience, false);
+        assert_eq!(found[..5], [0, 2, 6, 14, 30]);
+        assert_eq!(found.len(), 6 + (1000 - 63) / 64);
+        // Once there were few, every token is looked at.
+        let found = looked_at(&patience, true);
+        assert!(found[0] < 64 && found[1..] == (found[0] + 1..1000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn places_of_flags_are_listed() {
+        let mut list = vec![7; 3];
+        list_where(&mut list, [true, false, true, true, false].into_iter());
+        assert_eq!(list, [0, 2, 3]);
+        list_where(&mut list, std::iter::empty());
+        assert!(list.is_empty());
     }
 }

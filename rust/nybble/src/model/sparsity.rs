@@ -15,23 +15,21 @@
 //! compared with magnitudes of what queries alone, queries, keys and values, the attention's output projection, gate and up,
 //! and down read. 0 leaves everything as it is. `active` has for each layer the share of neurons that calibration saw at work.
 
-use std::ops::Range;
+mod probe;
+
 use std::path::Path;
 use std::sync::OnceLock;
-use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::blocks::{Active, Layer, Mlp};
-use super::linear::{Linear, Run, Skippable};
+use self::probe::Candidates;
+use super::linear::{Run, Skippable};
 use super::load::Weights;
 use super::spec::{AttentionSpec, Qkv, Spec};
 use crate::error::{Error, Result};
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Access, Dtype};
-use crate::kernels::quantize::{Activations, Source};
-use crate::pack::{Bundles, Layout};
-use crate::threads::Pool;
+use crate::pack::Bundles;
 
 /// The file in a model folder.
 pub const FILE: &str = "sparsity.safetensors";
@@ -179,12 +177,6 @@ pub struct Measured {
 /// Dense kernels must take this much longer.
 const WORTHWHILE: f64 = 1.05;
 
-/// Shares of neurons that are timed.
-const SHARES: [f64; 4] = [0.1, 0.3, 0.5, 0.7];
-
-/// Rounds of timing; the median of each counts.
-const ROUNDS: usize = 5;
-
 /// Thresholds that fit a model, and where skipping pays.
 #[derive(Debug)]
 pub struct Sparsity {
@@ -304,209 +296,64 @@ impl Sparsity {
         known: Option<Measured>,
     ) -> Result<Option<&Measured>> {
         if self.plan.get().is_none() {
-            let known = known.unwrap_or_default();
-            let mut plan = Plan::default();
-            self.probe_neurons(run, weights, known.neurons, &mut plan)?;
-            plan.columns.resize_with(weights.layers.len(), Default::default);
-            for (input, known) in Input::ALL.into_iter().zip(known.inputs) {
-                self.probe_columns(run, weights, input, known, &mut plan)?;
-            }
-            if plan.measured == Measured::default() {
+            let layers = weights.layers.iter().zip(&self.layers);
+            let layers = layers.map(|(layer, thresholds)| Candidates::of(run, layer, thresholds));
+            let layers = layers.collect::<Result<Vec<_>>>()?;
+            let Some(measured) = times(run, weights, &layers, known.unwrap_or_default())? else {
                 return Ok(None);
-            }
-            self.plan.get_or_init(|| plan);
+            };
+            self.plan.get_or_init(|| self.keep(layers, measured));
         }
         Ok(self.measured())
     }
 
-    fn probe_neurons(
-        &self,
-        run: Run<'_>,
-        weights: &Weights,
-        known: Option<Times>,
-        plan: &mut Plan,
-    ) -> Result<()> {
-        let mut layers = Vec::new();
-        for (layer, thresholds) in weights.layers.iter().zip(&self.layers) {
-            layers.push(if thresholds.neurons.is_empty() { None } else { bundle(run, layer)? });
-        }
-        let Some(first) = layers.iter().flatten().next() else { return Ok(()) };
-        let times = match known.filter(Times::good) {
-            Some(times) => times,
-            None => measure(run, weights, &layers, first)?,
-        };
-        let most = times.break_even();
-        let keep = |(bundles, thresholds): (Option<Bundles>, &LayerThresholds)| {
-            let bundles = bundles.filter(|_| f64::from(thresholds.active) < most)?;
-            let most = (most * bundles.neurons() as f64) as usize;
-            Some((bundles, most))
-        };
-        plan.layers = layers.into_iter().zip(&self.layers).map(keep).collect();
-        plan.measured.neurons = Some(times);
-        Ok(())
-    }
-
-    fn probe_columns(
-        &self,
-        run: Run<'_>,
-        weights: &Weights,
-        input: Input,
-        known: Option<Times>,
-        plan: &mut Plan,
-    ) -> Result<()> {
-        let mut all = Vec::new();
-        for (layer, thresholds) in weights.layers.iter().zip(&self.layers) {
-            let cut = thresholds.inputs[input as usize] > 0.0;
-            let linear = reader(layer, input, thresholds).filter(|_| cut);
-            let columns = linear.map(|(linear, which)| Ok((linear, linear.skippable(which, run.pool)?)));
-            all.push(columns.transpose()?.and_then(|(linear, columns)| Some((linear, columns?))));
-        }
-        let present: Vec<_> = all.iter().flatten().map(|(linear, columns)| (*linear, columns)).collect();
-        if present.is_empty() {
-            return Ok(());
-        }
-        let times = match known.filter(Times::good) {
-            Some(times) => times,
-            None => measure_columns(run, &present)?,
-        };
-        let most = times.break_even();
-        for (places, columns) in plan.columns.iter_mut().zip(all).filter(|_| most > 0.0) {
-            places[input as usize] = columns.map(|(_, mut columns)| {
+    /// What pays by these times.
+    fn keep(&self, layers: Vec<Candidates>, measured: Measured) -> Plan {
+        let most = |times: &Option<Times>| times.as_ref().map_or(0.0, Times::break_even);
+        let neurons = most(&measured.neurons);
+        let inputs = measured.inputs.each_ref().map(most);
+        let mut plan = Plan { measured, ..Plan::default() };
+        for (layer, thresholds) in layers.into_iter().zip(&self.layers) {
+            let Candidates { neurons: bundles, columns } = layer;
+            plan.layers.push(bundles.filter(|_| f64::from(thresholds.active) < neurons).map(|bundles| {
+                let most = (neurons * bundles.neurons() as f64) as usize;
+                (bundles, most)
+            }));
+            let mut most = inputs.iter();
+            plan.columns.push(columns.map(|columns| {
+                let most = *most.next()?;
+                let mut columns = columns.filter(|_| most > 0.0)?;
                 columns.most = (most * columns.inputs() as f64) as usize;
-                columns
-            });
+                Some(columns)
+            }));
         }
-        plan.measured.inputs[input as usize] = Some(times);
-        Ok(())
+        plan
     }
 }
 
-/// The matrices of a layer that read an input.
-fn reader<'a>(
-    layer: &'a Layer,
-    input: Input,
-    thresholds: &LayerThresholds,
-) -> Option<(&'a Linear, Range<usize>)> {
-    let linear = match input {
-        Input::Q | Input::Qkv => &layer.attention.as_ref()?.qkv,
-        Input::Out => &layer.attention.as_ref()?.out,
-        Input::GateUp => &layer.mlp.as_ref()?.gate_up,
-        Input::Down => &layer.mlp.as_ref()?.down,
-    };
-    let which = match input {
-        Input::Q => 0..1,
-        Input::Qkv => usize::from(thresholds.q() > 0.0)..linear.count(),
-        _ => 0..linear.count(),
-    };
-    Some((linear, which))
-}
-
-/// The neurons of a layer, if its matrices are of the kind that sparse kernels read.
-fn bundle(run: Run<'_>, layer: &Layer) -> Result<Option<Bundles>> {
-    let Some((up, down)) = layer.mlp.as_ref().and_then(Mlp::neurons) else { return Ok(None) };
-    let good = [up, down].iter().all(|part| {
-        part.weight.layout() == Layout::W4 && part.rounding.is_some_and(|rounding| rounding.bits == 8)
-    });
-    if good { Bundles::new(Some(&up.weight), &down.weight, run.pool).map(Some) } else { Ok(None) }
-}
-
-/// Times of the layers' neurons, on average. All layers are walked in turn for one kind of kernel, then for the next, so that
-/// weights come from where they come from while generating; and each walk is made twice, of which the second counts.
-fn measure(run: Run<'_>, weights: &Weights, layers: &[Option<Bundles>], first: &Bundles) -> Result<Times> {
-    let (hidden, inner) = (first.inputs(), first.neurons());
-    // A layer of another width is left out: its neighbours' times stand for it.
-    let fits = |bundles: &Bundles| {
-        (bundles.inputs(), bundles.neurons(), bundles.outputs()) == (hidden, inner, hidden)
-    };
-    let count = layers.iter().flatten().filter(|bundles| fits(bundles)).count().max(1);
-    let wave = |n: usize| (0..n).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<f32>>();
-    let (x, full) = (wave(hidden), wave(inner));
-    let (mut gate_up, mut act, mut y) = (vec![0.0; 2 * inner], vec![0.0; inner], vec![0.0; hidden]);
-    let (mut rounded, mut active) = (Activations::new(), Active::default());
-    timed(run.pool, count, |round, share, walk| {
-        let least: Vec<f32> =
-            (0..inner).map(|n| if drawn(n, round, share) { 0.0 } else { f32::INFINITY }).collect();
-        walk(&mut || {
-            for (layer, bundles) in weights.layers.iter().zip(layers) {
-                let bundles = bundles.as_ref().filter(|bundles| fits(bundles));
-                let (Some(bundles), Some(mlp)) = (bundles, &layer.mlp) else { continue };
-                if share.is_none() {
-                    mlp.gate_up.forward(run, &x, 1, &mut rounded, &mut gate_up)?;
-                    mlp.activate(run, &gate_up, &least, &mut act);
-                    mlp.down.forward(run, &full, 1, &mut rounded, &mut y)?;
-                } else {
-                    let x = &mut Source::Given(&x);
-                    mlp.gate_up.forward_parts(run, 0..1, x, 1, &mut rounded, &mut gate_up)?;
-                    act.copy_from_slice(&gate_up[..inner]);
-                    mlp.act(run, &mut act);
-                    active.find(&full, &least);
-                    mlp.skip(run, bundles, &mut active, &mut act, &mut rounded, &mut y)?;
-                }
-            }
-            Ok(())
-        })
-    })
-}
-
-/// Times of linears with all columns and with some, on average.
-fn measure_columns(run: Run<'_>, linears: &[(&Linear, &Skippable)]) -> Result<Times> {
-    let widest = linears.iter().map(|(_, columns)| columns.inputs()).max().unwrap_or(0);
-    let longest = linears.iter().map(|(linear, _)| linear.rows()).max().unwrap_or(0);
-    let (mut rounded, mut active, mut y) = (Activations::new(), Vec::new(), vec![0.0; longest]);
-    timed(run.pool, linears.len(), |round, share, walk| {
-        let value = |n: usize| if drawn(n, round, share) { 1.0 + (n as f32 * 0.7).sin() / 2.0 } else { 0.0 };
-        let x: Vec<f32> = (0..widest).map(value).collect();
-        walk(&mut || {
-            for (linear, columns) in linears {
-                let x = &mut Source::Given(&x[..columns.inputs()]);
-                let y = &mut y[..linear.rows()];
-                if share.is_none() {
-                    linear.forward_parts(run, columns.which(), x, 1, &mut rounded, y)?;
-                } else {
-                    linear.forward_skipping(run, columns, x, &mut active, &mut rounded, y)?;
-                }
-            }
-            Ok(())
-        })
-    })
-}
-
-/// Whether a neuron or an input is active in a round, of a share of them or of all: which ones does not follow any pattern
-/// that memory could.
-fn drawn(n: usize, round: usize, share: Option<f64>) -> bool {
-    let hash = (n + 7919 * round).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    share.is_none_or(|share| (hash as f64) < share * f64::from(1 << 24))
-}
-
-/// A walk over all layers.
-type Walk<'a> = &'a mut dyn FnMut() -> Result<()>;
-
-/// Median times of a layer, dense and at [`SHARES`]. `pass` gets a round, a share or none for dense, and what times a walk.
-fn timed(
-    pool: &Pool,
-    layers: usize,
-    mut pass: impl FnMut(usize, Option<f64>, &mut dyn FnMut(Walk<'_>) -> Result<()>) -> Result<()>,
-) -> Result<Times> {
-    let mut seconds = vec![Vec::new(); SHARES.len() + 1];
-    for round in 0..ROUNDS {
-        for (kind, seconds) in seconds.iter_mut().enumerate() {
-            let share = kind.checked_sub(1).map(|kind| SHARES[kind]);
-            pass(round, share, &mut |walk| {
-                pool.region(&mut *walk)?;
-                let begin = Instant::now();
-                pool.region(walk)?;
-                seconds.push(begin.elapsed().as_secs_f64() / layers as f64);
-                Ok(())
-            })?;
-        }
+/// The times of what may be skipped: those known, if they have all of it, or measured ones. None where nothing may be.
+fn times(
+    run: Run<'_>,
+    weights: &Weights,
+    layers: &[Candidates],
+    known: Measured,
+) -> Result<Option<Measured>> {
+    let neurons = layers.iter().any(|layer| layer.neurons.is_some());
+    let inputs: [bool; INPUTS] =
+        std::array::from_fn(|input| layers.iter().any(|layer| layer.columns[input].is_some()));
+    if !neurons && !inputs.contains(&true) {
+        return Ok(None);
     }
-    let median = |mut all: Vec<f64>| {
-        all.sort_by(f64::total_cmp);
-        all[all.len() / 2].max(1e-9)
-    };
-    let mut medians = seconds.into_iter().map(median);
-    let dense = medians.next().unwrap_or(1e-9);
-    Ok(Times { dense, sparse: SHARES.into_iter().zip(medians).collect() })
+    let good = |wanted: bool, times: &Option<Times>| !wanted || times.as_ref().is_some_and(Times::good);
+    let all = good(neurons, &known.neurons)
+        && inputs.iter().zip(&known.inputs).all(|(wanted, times)| good(*wanted, times));
+    if !all {
+        return probe::measure(run, weights, layers).map(Some);
+    }
+    let Measured { neurons: of_neurons, inputs: of_inputs } = known;
+    let mut wanted = inputs.into_iter();
+    let of_inputs = of_inputs.map(|times| times.filter(|_| wanted.next() == Some(true)));
+    Ok(Some(Measured { neurons: of_neurons.filter(|_| neurons), inputs: of_inputs }))
 }
 
 /// What was skipped.
