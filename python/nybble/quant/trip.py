@@ -55,8 +55,8 @@ class Trip(Fold):
     thousand times as large as others, and in squares nothing else would be seen (28.2 with them as
     they are, 26.3 so, 33.2 without a fold: 4-bit inputs, weights to nearest, 4096 tokens each to
     calibrate and to judge). Of groups of channels with steps of their own, the common step remains
-    the layer's: one a group gave 28.6. Exponents are counted from the commonest one, which leaves most weights as they were. Tokens are
-    not pruned here.
+    the layer's: one a group gave 28.6. Exponents are counted from the commonest one, which leaves
+    most weights as they were. Tokens are not pruned here.
     """
 
     exponents: int = 3
