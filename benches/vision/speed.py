@@ -6,11 +6,11 @@ Usage::
         [--rounds 5] [--sizes 224,518] [--batches 1,8] [--arms TEXT,TEXT] [--quick]
 
 DINOv2-S, out of the ONNX file (see :mod:`benches.vision.models`), computes the same images to their
-last hidden states in every engine: nybble (f32, w8a8, w4a8, and w8a8 with 35 % of the arithmetic
-pruned at random, by Zero-TPrune and by ToMe), PyTorch (f32, bf16), ONNX Runtime (f32, dynamic int8)
-and OpenVINO (f32, bf16, int8 by NNCF). Each is a process of its own; they take turns, so what else
-happens on the machine happens to all. Medians over the rounds are printed, times are kept in
-``--work`` as they are measured, and the same command goes on where it was interrupted. With
+last hidden states in every engine: nybble (f32, w8a8, w7a7, w4a8, and w8a8 with 35 % of the
+arithmetic pruned at random, by Zero-TPrune and by ToMe), PyTorch (f32, bf16), ONNX Runtime (f32,
+dynamic int8) and OpenVINO (f32, bf16, int8 by NNCF). Each is a process of its own; they take turns,
+so what else happens on the machine happens to all. Medians over the rounds are printed, times are
+kept in ``--work`` as they are measured, and the same command goes on where it was interrupted. With
 ``--csv`` the medians are written there.
 """
 
@@ -156,10 +156,11 @@ def table(times: Times, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"  {arm:28} {speed:8.2f}   ({count} rounds)")
                 rows.append({"arm": arm, "size": size, "batch": batch, "images_per_s": speed})
             peers = {arm: speed for arm, speed in speeds.items() if not arm.startswith("nybble")}
+            best = max(peers, key=lambda arm: peers[arm], default="")
+            for form in ("w8a8", "w7a7"):
+                if best and (ours := speeds.get(f"nybble {form}")):
+                    print(f"  {form} beside the best peer ({best}): {ours / peers[best]:.2f}")
             ours = speeds.get("nybble w8a8")
-            if ours and peers:
-                best = max(peers, key=lambda arm: peers[arm])
-                print(f"  w8a8 beside the best peer ({best}): {ours / peers[best]:.2f}")
             zero, chance = (speeds.get(f"nybble w8a8 {m}") for m in ("zero_tprune", "random"))
             if ours and zero and chance:
                 print(f"  Zero-TPrune beside dense: {zero / ours:.2f}")
