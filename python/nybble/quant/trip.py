@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Trip"]
 
+Doubles = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Trip(Fold):
@@ -79,28 +81,28 @@ class Trip(Fold):
         scheme: Scheme,
     ) -> npt.NDArray[Any]:
         """Return ``2^(a_c)``; see :meth:`nybble.quant.fold.Fold.factors`."""
+        sample = _tokens(inputs, scheme)
+        largest = float((inputs.largest if scheme.static else np.abs(sample)).max())
         if not weights:
-            return self._factors(pair, inputs, scheme, self.exponents)
+            return self._factors(pair, sample, largest, scheme, self.exponents)
         best = np.ones(len(pair.rows))
-        of_inputs, of_weights = _losses(best[pair.columns], weights, inputs, scheme)
+        of_inputs, of_weights = _losses(best[pair.columns], weights, sample, scheme)
         if of_inputs < self.share * of_weights:
             return best
         least = of_inputs + of_weights
         for most in range(self.exponents + 1):
-            factors = self._factors(pair, inputs, scheme, most)
-            loss = sum(_losses(factors[pair.columns], weights, inputs, scheme))
+            factors = self._factors(pair, sample, largest, scheme, most)
+            loss = sum(_losses(factors[pair.columns], weights, sample, scheme))
             if loss < least:
                 best, least = factors, loss
         return best
 
     def _factors(
-        self, pair: Pair, inputs: InputStats, scheme: Scheme, greatest: int
+        self, pair: Pair, sample: Doubles, largest: float, scheme: Scheme, greatest: int
     ) -> npt.NDArray[Any]:
         """Search the exponents up to the greatest one."""
         top = 2 ** (scheme.activations - 1) - 1
-        sample = _tokens(inputs, scheme)
-        largest = inputs.largest if scheme.static else np.abs(sample)
-        finest = float(largest.max()) / top / 2**greatest
+        finest = largest / top / 2**greatest
         if finest <= 0:
             return np.ones(len(pair.rows))
         errors = []
@@ -114,7 +116,7 @@ class Trip(Fold):
         return factors
 
 
-def _tokens(inputs: InputStats, scheme: Scheme) -> npt.NDArray[np.float64]:
+def _tokens(inputs: InputStats, scheme: Scheme) -> Doubles:
     """Return the sample, each token divided by its size where it is to have a step of its own."""
     sample = inputs.sample.astype(np.float64)
     if scheme.static:
@@ -125,18 +127,18 @@ def _tokens(inputs: InputStats, scheme: Scheme) -> npt.NDArray[np.float64]:
 
 
 def _losses(
-    factors: npt.NDArray[Any], weights: Sequence[Floats], inputs: InputStats, scheme: Scheme
+    factors: npt.NDArray[Any], weights: Sequence[Floats], sample: Doubles, scheme: Scheme
 ) -> tuple[float, float]:
     """Estimate the squared error of the outputs: of rounded inputs, and of rounded weights."""
-    sample = (_tokens(inputs, scheme) / factors).astype(np.float32)
-    rows, cols = sample.shape
+    scaled_down = (sample / factors).astype(np.float32)
+    rows, cols = scaled_down.shape
     whole = scheme.strategy != "group" or scheme.group is None
-    groups = sample.reshape(rows, 1 if whole else scheme.groups(cols), -1)
+    groups = scaled_down.reshape(rows, 1 if whole else scheme.groups(cols), -1)
     over = (0, 2) if scheme.static else 2
     steps = np.abs(groups).max(axis=over, keepdims=True) / (2 ** (scheme.activations - 1) - 1)
     steps[steps == 0] = 1
     off = np.square(groups - np.round(groups / steps) * steps).reshape(rows, cols).mean(axis=0)
-    size = np.square(sample, dtype=np.float64).mean(axis=0)
+    size = np.square(scaled_down, dtype=np.float64).mean(axis=0)
     of_inputs = of_weights = 0.0
     for weight in weights:
         scaled = (weight * factors).astype(np.float32)
