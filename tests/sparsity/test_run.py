@@ -140,7 +140,7 @@ def test_skipping_changes_no_bit(sparse_folder, draft):
     thresholds = [Thresholds(n, active=a) for n, _, a in stored]
     tokens = ids(30)
     found = []
-    for dense_seconds, speedup, layers in ((1e-9, None, 0), (1.0, 1.009, 0), (1.0, 1.01, 2)):
+    for dense_seconds, speedup, layers in ((1e-9, None, 0), (1.0, 1.019, 0), (1.0, 1.02, 2)):
         model = nybble.load(sparse_folder, 2, sparsity="off", draft=draft)
         model.sparsify(thresholds, probe=False)
         neurons = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
@@ -172,7 +172,7 @@ def test_what_pays_is_tried_on_whole_tokens(sparse_folder):
     times = {"neurons": {"dense": 1.0, "sparse": [[0.1, 0.01], [0.7, 0.02]]}, "inputs": [None] * 5}
     speedup = json.loads(model._sparsity.probe(model.raw, json.dumps(times)))["speedup"]
     assert speedup > 0
-    assert model._sparsity.sparse_layers() == (2 if speedup >= 1.01 else 0)
+    assert model._sparsity.sparse_layers() == (2 if speedup >= 1.02 else 0)
     metrics = model.generate(ids(5), 4, ignore_end=True).metrics["sparsity"]
     assert metrics["measured_speedup"] == speedup
 

@@ -187,7 +187,7 @@ pub struct Measured {
 const WORTHWHILE: f64 = 1.05;
 
 /// With less than this speed-up of three of four whole tokens nothing is skipped.
-const WORTHWHILE_TOKENS: f64 = 1.01;
+const WORTHWHILE_TOKENS: f64 = 1.02;
 
 /// Thresholds that fit a model, and where skipping pays.
 #[derive(Debug)]
