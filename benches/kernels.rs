@@ -7,6 +7,8 @@
 //! `cargo bench -p nybble --bench kernels -- w4a8/decode` runs a part; `NYBBLE_THREADS` sets the threads.
 #![allow(missing_docs)]
 
+mod matrices;
+
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -14,6 +16,8 @@ use nybble::kernels::quantize::{self, Activations, Granularity, Rounding};
 use nybble::kernels::{Columns, IntMatmul, int_matmul, w4a4, w4a4_trip, w4a8, w8a8};
 use nybble::pack::{IntSource, Packed};
 use nybble::threads::Pool;
+
+use matrices::{activations, floats, noise, weights};
 
 /// Rows, columns: 37.7 MB at 4 bits in groups of 32.
 const LARGE: (usize, usize) = (8192, 8192);
@@ -25,59 +29,6 @@ fn pool() -> Pool {
     Pool::new(threads).expect("a pool")
 }
 
-/// Repeatable bytes.
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 24) as u8
-    };
-    (0..len).map(|_| next()).collect()
-}
-
-fn weights(pool: &Pool, bits: u32, (rows, cols): (usize, usize), group: usize) -> Packed {
-    let stored = if bits == 4 { 4 } else { 8 };
-    let row_bytes = cols * stored / 8;
-    let mut codes = noise(rows * row_bytes);
-    if bits == 7 {
-        for code in &mut codes {
-            *code = 64 + *code / 2;
-        }
-    }
-    let scales = vec![0.01; rows * cols / group];
-    let source = IntSource {
-        name: "bench",
-        rows,
-        cols,
-        bits: stored as u32,
-        group,
-        codes: &codes,
-        row_bytes,
-        scales: &scales,
-        zeros: None,
-        row_map: None,
-    };
-    Packed::from_int(&source, pool).expect("good weights")
-}
-
-fn activations(pool: &Pool, bits: u32, rows: usize, cols: usize, group: usize) -> Activations {
-    let x: Vec<f32> = noise(rows * cols).iter().map(|&b| f32::from(b) - 127.5).collect();
-    let kernels = quantize::kernels();
-    let mut activations = Activations::new();
-    activations
-        .quantize(
-            pool,
-            kernels[kernels.len() - 1],
-            &x,
-            rows,
-            cols,
-            group,
-            Rounding { bits, per: Granularity::Group },
-        )
-        .expect("good activations");
-    activations
-}
-
 fn matmul(c: &mut Criterion, op: &str, [bits, x_bits]: [u32; 2], kernels: &[&'static dyn IntMatmul]) {
     let pool = pool();
     for (name, shape, rows) in [("decode", LARGE, 1), ("prefill", SMALL, PREFILL_ROWS)] {
@@ -87,7 +38,7 @@ fn matmul(c: &mut Criterion, op: &str, [bits, x_bits]: [u32; 2], kernels: &[&'st
             .measurement_time(Duration::from_secs(1))
             .warm_up_time(Duration::from_millis(300));
         for columns in [32, 128] {
-            let w = weights(&pool, bits, shape, columns);
+            let w = weights(&pool, bits, shape, columns, false, &mut 1);
             let x = activations(&pool, x_bits, rows, shape.1, columns);
             let mut y = vec![0.0; rows * shape.0];
             group.throughput(if rows == 1 {
@@ -119,7 +70,7 @@ fn integer_matmuls(c: &mut Criterion) {
 fn quantizing(c: &mut Criterion) {
     let pool = pool();
     let (rows, cols) = (64, 4096);
-    let x: Vec<f32> = noise(rows * cols).iter().map(|&b| f32::from(b) - 127.5).collect();
+    let x = floats(rows * cols);
     let mut group = c.benchmark_group("quantize");
     group.sample_size(10).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
     group.throughput(Throughput::Elements(x.len() as u64));
@@ -152,7 +103,7 @@ fn packing(c: &mut Criterion) {
     group.sample_size(10).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
     for bits in [4, 8] {
         let row_bytes = cols * bits as usize / 8;
-        let codes = noise(rows * row_bytes);
+        let codes = noise(rows * row_bytes, &mut 1);
         let scales = vec![0.25; rows * cols / 32];
         let source = IntSource {
             name: "bench",

@@ -13,87 +13,23 @@
 #![allow(missing_docs)]
 #![allow(clippy::print_stdout)] // a report
 
+mod matrices;
+mod report;
+
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use nybble::kernels::quantize::{self, Activations, Granularity, Rounding};
 use nybble::kernels::{Columns, IntMatmul, int_matmul, peak, w4a4, w4a4_trip, w4a8, w8a8};
-use nybble::pack::{IntSource, Packed};
+use nybble::pack::Packed;
 use nybble::probe::read_bandwidth;
 use nybble::threads::Pool;
+
+use matrices::{activations, weights};
+use report::{Options, median, pool};
 
 const SIDE: usize = 4096;
 const HEADER: &str = "op,isa,group,threads,rows,side,cold_mb,median_us,gb_s,bandwidth_gb_s,bandwidth_share,\
 gmac_s,peak_gmac_s,peak_share,clock_ghz,mac_per_cycle";
-
-struct Settings {
-    quick: bool,
-    csv: Option<String>,
-    filter: String,
-    rows: Vec<usize>,
-}
-
-fn settings() -> Settings {
-    let mut found =
-        Settings { quick: false, csv: None, filter: String::new(), rows: vec![1, 2, 4, 8, 16, 128] };
-    let mut bench = false;
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        match word.as_str() {
-            "--quick" => found.quick = true,
-            "--bench" => bench = true, // cargo bench adds it
-            "--csv" => found.csv = words.next(),
-            "--filter" => found.filter = words.next().unwrap_or_default(),
-            "--rows" => {
-                let list = words.next().unwrap_or_default();
-                found.rows = list.split(',').map(|n| n.parse().expect("--rows takes numbers")).collect();
-            }
-            other => panic!("{other}: expected --quick, --csv FILE, --filter TEXT or --rows LIST"),
-        }
-    }
-    found.quick |= !bench; // `cargo test --benches`
-    found
-}
-
-/// Repeatable bytes.
-fn noise(len: usize, mut state: u32) -> Vec<u8> {
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 24) as u8
-    };
-    (0..len).map(|_| next()).collect()
-}
-
-fn weights(pool: &Pool, bits: u32, side: usize, group: usize, seed: u32) -> Packed {
-    let row_bytes = side * bits as usize / 8;
-    let groups = side / group;
-    let codes = noise(side * row_bytes, seed);
-    let scales = vec![0.01; side * groups];
-    let zeros = noise(side * groups, seed);
-    let source = IntSource {
-        name: "bench",
-        rows: side,
-        cols: side,
-        bits,
-        group,
-        codes: &codes,
-        row_bytes,
-        scales: &scales,
-        zeros: (bits == 4).then_some(&zeros),
-        row_map: None,
-    };
-    Packed::from_int(&source, pool).expect("good weights")
-}
-
-fn activations(pool: &Pool, bits: u32, rows: usize, cols: usize, group: usize) -> Activations {
-    let x: Vec<f32> = noise(rows * cols, 1).iter().map(|&b| f32::from(b) - 127.5).collect();
-    let kernel = *quantize::kernels().last().expect("scalar is always there");
-    let mut activations = Activations::new();
-    activations
-        .quantize(pool, kernel, &x, rows, cols, group, Rounding { bits, per: Granularity::Group })
-        .expect("good activations");
-    activations
-}
 
 /// Seconds of one multiplication: the median over walks through all matrices.
 fn seconds(pool: &Pool, kernel: &dyn IntMatmul, matrices: &[Packed], rows: usize, repeats: usize) -> f64 {
@@ -111,16 +47,17 @@ fn seconds(pool: &Pool, kernel: &dyn IntMatmul, matrices: &[Packed], rows: usize
         start.elapsed().as_secs_f64() / matrices.len() as f64
     };
     walk();
-    let mut times: Vec<f64> = (0..repeats).map(|_| walk()).collect();
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    median((0..repeats).map(|_| walk()).collect())
 }
 
 fn main() {
-    let settings = settings();
-    let threads = Pool::default_threads().expect("NYBBLE_THREADS is a number");
-    let pool = Pool::new(threads).expect("a pool");
-    let (side, cold_mb, repeats) = if settings.quick { (256, 1, 1) } else { (SIDE, 128, 9) };
+    let mut rows = "1,2,4,8,16,128".to_owned();
+    let options = Options::read(&mut [("--rows", &mut rows)]);
+    let counts = rows.split(',').map(|n| n.parse().expect("--rows takes numbers"));
+    let counts: Vec<usize> = counts.collect();
+    let pool = pool();
+    let threads = pool.threads();
+    let (side, cold_mb, repeats) = if options.quick { (256, 1, 1) } else { (SIDE, 128, 9) };
     let mut csv = String::from(HEADER);
     println!("{threads} threads, {side} x {side}, medians of {repeats}");
     println!(
@@ -135,9 +72,10 @@ fn main() {
     ];
     for (op, bits, kernels) in operations {
         for group in [32, 64, 128, side] {
-            let bytes = weights(&pool, bits, side, group, 1).bytes();
+            let matrix = |seed| weights(&pool, bits, (side, side), group, bits == 4, &mut { seed });
+            let bytes = matrix(1).bytes();
             let count = ((cold_mb << 20) / bytes).max(1);
-            let matrices: Vec<_> = (0..count).map(|i| weights(&pool, bits, side, group, i as u32)).collect();
+            let matrices: Vec<_> = (0..count as u32).map(matrix).collect();
             for kernel in &kernels {
                 let isa = kernel.isa();
                 let label = format!(
@@ -145,14 +83,14 @@ fn main() {
                     isa.name(),
                     if group == side { "row".into() } else { group.to_string() }
                 );
-                if !label.contains(&settings.filter) || (isa.name() == "scalar" && !settings.quick) {
+                if !label.contains(&options.filter) || (isa.name() == "scalar" && !options.quick) {
                     continue;
                 }
-                let probe = if settings.quick { 1 << 20 } else { 512 << 20 };
+                let probe = if options.quick { 1 << 20 } else { 512 << 20 };
                 let bandwidth = read_bandwidth(&pool, probe) / 1e9;
                 let clock = peak::clock() / 1e9;
                 let peak = peak::int8_products(&pool, isa).map(|rate| rate / 1e9);
-                for &rows in &settings.rows {
+                for &rows in &counts {
                     // Many rows take long enough with one matrix.
                     let matrices = if rows > 16 { &matrices[..1] } else { &matrices[..] };
                     let time = seconds(&pool, *kernel, matrices, rows, repeats);
@@ -183,8 +121,5 @@ fn main() {
         }
     }
     csv.push('\n');
-    if let Some(path) = settings.csv {
-        std::fs::write(&path, csv).expect("the file can be written");
-        println!("written to {path}");
-    }
+    options.save(&csv);
 }

@@ -13,50 +13,26 @@
 #![allow(missing_docs)]
 #![allow(clippy::print_stdout)] // a report
 
+mod matrices;
+mod report;
+
 use std::fmt::Write as _;
 use std::time::Instant;
 
 use nybble::kernels::quantize::{Activations, Granularity, Rounding};
 use nybble::kernels::w4a8_sparse::{sparse_columns, sparse_rows};
 use nybble::kernels::{Columns, IntProduct, Kernels, int_matmul, int_matmuls};
-use nybble::pack::{Bundles, IntSource, Packed};
+use nybble::pack::{Bundles, Packed};
 use nybble::threads::Pool;
 
-const SHAPES: [(&str, usize, usize); 3] = [("135M", 576, 1536), ("1.1B", 2048, 5632), ("3B", 3072, 8192)];
+use matrices::{noise, weights};
+use report::{BLOCKS, Options, PLACES, layers, median, pool};
 
 /// Groups of gate and up, and of down; 0 is one scale a row.
 const GROUPS: [(usize, usize); 3] = [(32, 32), (64, 128), (32, 0)];
 const HEADER: &str =
     "shape,hidden,ffn,weights,group_up,group_down,isa,threads,sparsity,dense_us,sparse_us,speedup";
 const ROUNDING: Rounding = Rounding { bits: 8, per: Granularity::Group };
-
-fn noise(len: usize, state: &mut u32) -> Vec<u8> {
-    let mut next = || {
-        *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (*state >> 24) as u8
-    };
-    (0..len).map(|_| next()).collect()
-}
-
-fn weights(pool: &Pool, (rows, cols): (usize, usize), group: usize, seed: &mut u32) -> Packed {
-    let group = if group == 0 { cols } else { group };
-    let groups = cols / group;
-    let (codes, zeros) = (noise(rows * cols / 2, seed), noise(rows * groups, seed));
-    let scales = vec![0.01; rows * groups];
-    let source = IntSource {
-        name: "bench",
-        rows,
-        cols,
-        bits: 4,
-        group,
-        codes: &codes,
-        row_bytes: cols / 2,
-        scales: &scales,
-        zeros: Some(&zeros),
-        row_map: None,
-    };
-    Packed::from_int(&source, pool).expect("good weights")
-}
 
 struct Layer {
     gate: Packed,
@@ -119,52 +95,36 @@ fn sparse(pool: &Pool, kernels: &Kernels, layer: &Layer, chosen: &[bool], s: &mu
         .expect("fits");
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn main() {
-    let (mut quick, mut csv, mut filter, mut bench) = (false, None, String::new(), false);
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        match word.as_str() {
-            "--quick" => quick = true,
-            "--bench" => bench = true, // cargo bench adds it
-            "--csv" => csv = words.next(),
-            "--filter" => filter = words.next().unwrap_or_default(),
-            other => panic!("{other}: expected --quick, --csv FILE or --filter TEXT"),
-        }
-    }
-    quick |= !bench; // `cargo test --benches`
-    let pool = Pool::new(Pool::default_threads().expect("NYBBLE_THREADS is a number")).expect("a pool");
+    let options = Options::read(&mut []);
+    let (quick, pool) = (options.quick, pool());
     let kernels = Kernels::best();
     let mut table = format!("{HEADER}\n");
     println!("{HEADER}");
-    for (name, hidden, ffn) in SHAPES {
+    for (name, hidden, ffn) in BLOCKS {
         for (group_up, group_down) in GROUPS {
-            for place in ["l3", "dram"] {
-                if !format!("{name}/{place}/{group_up}/{group_down}").contains(&filter) {
+            for place in PLACES {
+                if !format!("{name}/{place}/{group_up}/{group_down}").contains(&options.filter) {
                     continue;
                 }
                 let (hidden, ffn) = if quick { (hidden / 4, ffn / 4) } else { (hidden, ffn) };
                 let (group_up, group_down) =
                     if quick { (0, group_down.min(32)) } else { (group_up, group_down) };
                 let mut seed = 1;
-                let layer = |seed: &mut u32| {
-                    let gate = weights(&pool, (ffn, hidden), group_up, seed);
-                    let up = weights(&pool, (ffn, hidden), group_up, seed);
-                    let down = weights(&pool, (hidden, ffn), group_down, seed);
+                let mut layer = || {
+                    let mut matrix = |(rows, cols), group| {
+                        let group = if group == 0 { cols } else { group };
+                        weights(&pool, 4, (rows, cols), group, true, &mut seed)
+                    };
+                    let gate = matrix((ffn, hidden), group_up);
+                    let up = matrix((ffn, hidden), group_up);
+                    let down = matrix((hidden, ffn), group_down);
                     let bundles = Bundles::new(Some(&up), &down, &pool).expect("they fit");
                     Layer { gate, up, down, bundles }
                 };
                 let bytes = 3 * hidden * ffn / 2;
-                let count = match (place, quick) {
-                    (_, true) => 1,
-                    ("l3", _) => (12 << 20) / bytes,
-                    _ => (192 << 20) / bytes,
-                };
-                let layers: Vec<Layer> = (0..count.max(1)).map(|_| layer(&mut seed)).collect();
+                let count = if quick { 1 } else { layers(place, bytes) };
+                let layers: Vec<Layer> = (0..count).map(|_| layer()).collect();
                 let mut s = Scratch {
                     x: noise(hidden, &mut seed).iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect(),
                     ones: vec![1.0; ffn],
@@ -224,7 +184,5 @@ fn main() {
             }
         }
     }
-    if let Some(path) = csv {
-        std::fs::write(path, table).expect("the CSV file can be written");
-    }
+    options.save(&table);
 }

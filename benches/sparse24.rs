@@ -17,6 +17,9 @@
 #![allow(clippy::cast_ptr_alignment)] // of loads that need none
 
 #[cfg(target_arch = "x86_64")]
+mod report;
+
+#[cfg(target_arch = "x86_64")]
 mod sparse24 {
     #[allow(clippy::wildcard_imports)] // all of them have the same prefix
     use std::arch::x86_64::*;
@@ -30,7 +33,8 @@ mod sparse24 {
     use nybble::pack::{IntSource, Packed, TILE_K, TILE_ROWS};
     use nybble::threads::Pool;
 
-    const SHAPES: [(&str, usize, usize); 3] = [("135M", 576, 1536), ("1.1B", 2048, 5632), ("3B", 3072, 8192)];
+    use crate::report::{BLOCKS, Options, PLACES, layers, median, pool};
+
     const HEADER: &str =
         "shape,hidden,ffn,weights,rows,threads,kind,bits_a_weight,us_a_layer,times_dense_4_bit";
     /// Rows of activations that share an unpacked weight, as in the dense kernels.
@@ -399,34 +403,19 @@ mod sparse24 {
         }
     }
 
-    fn median(mut values: Vec<f64>) -> f64 {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    }
-
     pub(crate) fn main() {
-        let (mut quick, mut csv, mut filter, mut bench) = (false, None, String::new(), false);
-        let mut words = std::env::args().skip(1);
-        while let Some(word) = words.next() {
-            match word.as_str() {
-                "--quick" => quick = true,
-                "--bench" => bench = true, // cargo bench adds it
-                "--csv" => csv = words.next(),
-                "--filter" => filter = words.next().unwrap_or_default(),
-                other => panic!("{other}: expected --quick, --csv FILE or --filter TEXT"),
-            }
-        }
-        quick |= !bench; // `cargo test --benches`
+        let options = Options::read(&mut []);
+        let quick = options.quick;
         if !Isa::Avx2.detected() {
             println!("nothing measured: this CPU has no AVX2");
             return;
         }
-        let pool = Pool::new(Pool::default_threads().expect("NYBBLE_THREADS is a number")).expect("a pool");
+        let pool = pool();
         let mut table = format!("{HEADER}\n");
         println!("{HEADER}");
-        for (name, hidden, ffn) in SHAPES {
-            for place in ["l3", "dram"] {
-                if !format!("{name}/{place}").contains(&filter) {
+        for (name, hidden, ffn) in BLOCKS {
+            for place in PLACES {
+                if !format!("{name}/{place}").contains(&options.filter) {
                     continue;
                 }
                 let (hidden, ffn) = if quick { (64, 96) } else { (hidden, ffn) };
@@ -438,12 +427,8 @@ mod sparse24 {
                     sparse: [4, 8].map(|bits| [0, 1].map(|which| Sparse24::new(&matrices[which], bits))),
                 };
                 let bytes = hidden * ffn; // of both, with 4 bits
-                let count = match (place, quick) {
-                    (_, true) => 1,
-                    ("l3", _) => (12 << 20) / bytes,
-                    _ => (192usize << 20).div_ceil(bytes),
-                };
-                let layers: Vec<Layer> = (0..count.max(1)).map(|_| layer()).collect();
+                let count = if quick { 1 } else { layers(place, bytes) };
+                let layers: Vec<Layer> = (0..count).map(|_| layer()).collect();
                 for rows in [1, 8] {
                     let x = [hidden, ffn].map(|cols| {
                         let value = |i| (f64::from(i) * 0.7).sin() as f32 * (1 + i % 5) as f32;
@@ -488,9 +473,7 @@ mod sparse24 {
                 }
             }
         }
-        if let Some(path) = csv {
-            std::fs::write(path, table).expect("the CSV file can be written");
-        }
+        options.save(&table);
     }
 }
 

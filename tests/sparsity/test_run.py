@@ -140,11 +140,11 @@ def test_skipping_changes_no_bit(sparse_folder, draft):
     thresholds = [Thresholds(n, active=a) for n, _, a in stored]
     tokens = ids(30)
     found = []
-    for dense_seconds, layers in ((1e-9, 0), (1.0, 2)):
+    for dense_seconds, speedup, layers in ((1e-9, None, 0), (1.0, 1.019, 0), (1.0, 1.02, 2)):
         model = nybble.load(sparse_folder, 2, sparsity="off", draft=draft)
         model.sparsify(thresholds, probe=False)
         neurons = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
-        known = {"neurons": neurons, "inputs": [None] * 5}
+        known = {"neurons": neurons, "inputs": [None] * 5, "speedup": speedup}
         assert json.loads(model._sparsity.probe(model.raw, json.dumps(known))) == known
         assert model._sparsity.sparse_layers() == layers
         assert (model._sparsity.bytes() > 0) == (layers > 0)
@@ -154,16 +154,33 @@ def test_skipping_changes_no_bit(sparse_folder, draft):
         assert np.array_equal(np.concatenate(logits), model.forward(tokens))
         metrics = result.metrics["sparsity"]
         assert metrics["sparse_layers"] == layers
+        assert metrics["measured_speedup"] == speedup
         if layers and draft == "off":
             assert metrics["sparse_blocks"] == 2 * 39
             assert 0.4 < metrics["inactive_neurons"] < 0.95
         found.append((result.tokens, np.concatenate(logits)))
-    assert found[0][0] == found[1][0]
-    assert np.array_equal(found[0][1], found[1][1])
+    for tokens, logits in found[1:]:
+        assert tokens == found[0][0]
+        assert np.array_equal(logits, found[0][1])
 
 
-def test_times_are_kept(sparse_folder):
+def test_what_pays_is_tried_on_whole_tokens(sparse_folder):
+    """What was measured decides, and is known of these thresholds the next time."""
+    model = nybble.load(sparse_folder, 2, sparsity="off", draft="off", context=20)
+    stored = nybble.load(sparse_folder, 2).raw.sparsity().thresholds()
+    model.sparsify([Thresholds(n, active=a) for n, _, a in stored], probe=False)
+    times = {"neurons": {"dense": 1.0, "sparse": [[0.1, 0.01], [0.7, 0.02]]}, "inputs": [None] * 5}
+    speedup = json.loads(model._sparsity.probe(model.raw, json.dumps(times)))["speedup"]
+    assert speedup > 0
+    assert model._sparsity.sparse_layers() == (2 if speedup >= 1.02 else 0)
+    metrics = model.generate(ids(5), 4, ignore_end=True).metrics["sparsity"]
+    assert metrics["measured_speedup"] == speedup
+
+
+def test_times_are_kept(sparse_folder, tmp_path, monkeypatch):
     from nybble.speculate import times
+
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
 
     model = nybble.load(sparse_folder, 2)
     file = times.path(model.info, "skipping")
@@ -176,6 +193,10 @@ def test_times_are_kept(sparse_folder):
     more = times.stored(file)
     assert more["neurons"] == kept["neurons"]
     assert [times is not None for times in more["inputs"]] == [False, False, True, False, True]
+    # What tokens gain is kept by thresholds.
+    gains = [times.stored(place) for place in file.parent.iterdir() if place != file]
+    assert len(gains) == 2
+    assert all(list(gain) == ["speedup"] for gain in gains)
     model.sparsify([Thresholds(inputs={"out": 0.1})] * model.info["layers"])
     assert times.stored(file) == more
     for damaged in ('{"neurons": "fast"}', "[1, 2]", "{"):
@@ -200,7 +221,7 @@ def test_skipping_columns_changes_no_bit(sparse_folder, inputs):
         model = nybble.load(sparse_folder, 2, sparsity="off", draft="off")
         model.sparsify([Thresholds(inputs=inputs)] * model.info["layers"], probe=False)
         times = {"dense": dense_seconds, "sparse": [[0.1, 0.01], [0.99, 0.02]]}
-        known = {"neurons": None, "inputs": [times] * 5}
+        known = {"neurons": None, "inputs": [times] * 5, "speedup": 1.5}
         kept = json.loads(model._sparsity.probe(model.raw, json.dumps(known)))
         named = [name in inputs for name in ("q", "qkv", "out", "gate_up", "down")]
         assert [times is not None for times in kept["inputs"]] == named

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from nybble.errors import FormatError
 
-__all__ = ["NEEDS", "InputStats"]
+__all__ = ["NEEDS", "InputStats", "product"]
 
 NEEDS = {
     "gram": "the second moments of the inputs",
@@ -27,6 +27,9 @@ NEEDS = {
 _SAMPLE = 512  # rows kept by "sample"
 _LARGEST = 1e15
 _BLOCK = 256  # columns of a symmetric product at a time
+_ROWS = (
+    32  # rows in float64 at a time: a window's would leave the caches, which takes 5 times as long
+)
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -100,9 +103,9 @@ class InputStats:
         np.maximum(self.high, high, out=self.high)
         self.absolute += np.abs(inputs).sum(axis=0, dtype=np.float64)
         if self.gram.size:
-            self.gram += _product(inputs, inputs)
+            self.gram += _gram(inputs)
         if self.drift.size and reference is not None:
-            self.drift += _product(reference - inputs, inputs)
+            self.drift += product((reference - inputs).T, inputs)
         if "sample" in self.needs:
             self._keep(inputs)
         if "moments" in self.needs and len(inputs):
@@ -121,7 +124,9 @@ class InputStats:
         # from zero costs no digits.
         more, before = len(inputs), self.count
         average = inputs.mean(axis=0, dtype=np.float64)
-        scatter = np.square(inputs - average).sum(axis=0)
+        scatter = np.zeros_like(average)
+        for start in range(0, more, _ROWS):
+            scatter += np.square(inputs[start : start + _ROWS] - average).sum(axis=0)
         shift = average - self.average
         self.average += shift * (more / (before + more))
         self.scatter += scatter + shift**2 * (before * more / (before + more))
@@ -159,24 +164,26 @@ class InputStats:
         return float((rows @ torch.from_numpy(self.gram.astype(np.float32))).mul_(rows).sum())
 
 
-def _product(left: Floats, right: Floats) -> Floats:
-    """Return ``left^T right``.
+def product(left: Floats, right: Floats) -> Floats:
+    """Return ``left right``.
 
     torch's and not numpy's: the threads of the two libraries wait for each other busily, which cost
     a third of a whole calibration.
     """
     import torch
 
-    a, b = torch.from_numpy(left), torch.from_numpy(right)
-    if left is not right:
-        other: Floats = (a.T @ b).numpy()
-        return other
-    cols = left.shape[1]
-    product = np.empty((cols, cols), dtype=np.float32)
+    found: Floats = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
+    return found
+
+
+def _gram(inputs: Floats) -> Floats:
+    """Return ``inputs^T inputs``."""
+    cols = inputs.shape[1]
+    found = np.empty((cols, cols), dtype=np.float32)
     for start in range(0, cols, _BLOCK):
         # What is left of the diagonal was computed above it.
         stop = min(start + _BLOCK, cols)
-        part = (a[:, start:stop].T @ a[:, start:]).numpy()
-        product[start:stop, start:] = part
-        product[start:, start:stop] = part.T
-    return product
+        part = product(inputs[:, start:stop].T, inputs[:, start:])
+        found[start:stop, start:] = part
+        found[start:, start:stop] = part.T
+    return found

@@ -80,6 +80,13 @@ def to_gguf(
 ) -> list[str]:
     """Write a GGUF file; return remarks.
 
+    Of ``q8_0`` expect logits that are off by some hundredths of the largest one, of small models
+    at least, and as much with all layers of one shape as without. Of SmolLM2-135M llama.cpp's
+    logits (of the last of 48 tokens, 16 texts) differ from those of the ``f16`` file by 3.4 % in
+    the median and 8.1 % at most, and by 3.0 and 6.6 % where FLAP took 20 % out of its layers.
+    Rounded weights alone, written back as floats, give 1.8 and 1.6 %; the rest is llama.cpp's
+    own: it rounds the inputs of such matrices to 8 bits. The divergence is 0.005 nats of both.
+
     Parameters
     ----------
     source

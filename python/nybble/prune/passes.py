@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nybble.calibrate.layers import Layer
-from nybble.calibrate.stats import InputStats
+from nybble.calibrate.stats import InputStats, product
 from nybble.errors import FormatError
 from nybble.prune.base import Sparse, Structured
 from nybble.prune.evidence import Subject
@@ -111,7 +111,7 @@ def compensate(
                 if dense is None:
                     layer.set_bias(linear, total)
                 yield f"{linear}.bias", total.astype(np.float32)
-        if dense is None:
+        if dense is None and index + 1 < len(walk):
             layer.outputs(hidden)
         del layer
         walk.drop(index)
@@ -196,7 +196,8 @@ def _layers(
             for name in names
         }
         yield dict(seen)
-        layer.outputs(hidden)
+        if index + 1 < len(walk):
+            layer.outputs(hidden)
         del layer
         walk.drop(index)
 
@@ -230,8 +231,7 @@ def _transposed(subject: Subject, linear: str) -> bool:
 
 def _error(before: Floats, after: Floats, bias: Floats | None, stats: InputStats) -> float:
     sample = stats.sample
-    wanted = sample @ before.T
-    change = sample @ (after - before).T
+    wanted, change = product(sample, before.T), product(sample, (after - before).T)
     if bias is not None:
         change += bias
     size = float(np.square(wanted).sum(dtype=np.float64))

@@ -1,10 +1,16 @@
-"""Where skipping neurons saves time: measured once for a model's shape on a machine, and kept."""
+"""Where skipping saves time: measured once for a model's shape on a machine, and kept.
+
+Times of parts serve all thresholds; what all that pays makes of whole tokens belongs to those it
+was measured with, and is kept in a file of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ArgumentError
@@ -28,19 +34,34 @@ def probe(model: _nybble.Model, info: Mapping[str, Any], sparsity: _nybble.Spars
     sparsity
         What it takes for zero.
     """
-    file = times.path(info, "skipping")
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        known = dict(times.stored(file))
+    file, whole = times.path(info, "skipping"), times.path(info, f"skipping {_digest(sparsity)}")
+    known, tokens = _stored(file), _stored(whole)
     try:
-        found = sparsity.probe(model, json.dumps(known) if known else None)
+        found = sparsity.probe(model, json.dumps({**known, **tokens}) if known else None)
     except ArgumentError:  # a damaged file
-        known, found = {}, sparsity.probe(model)
+        known, tokens, found = {}, {}, sparsity.probe(model)
     if found is None:
         return
-    kept = _with(known, json.loads(found))
-    if kept != known:
-        times.store(file, kept)
+    now = json.loads(found)
+    told = {"speedup": now.pop("speedup")}
+    for place, before, after in ((file, known, _with(known, now)), (whole, tokens, told)):
+        if after != before:
+            times.store(place, after)
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(times.stored(file))
+    return {}
+
+
+def _digest(sparsity: _nybble.Sparsity) -> str:
+    """Return what tells these thresholds from others."""
+    digest = hashlib.sha256()
+    for neurons, *others in sparsity.thresholds():
+        digest.update(b"" if neurons is None else neurons.tobytes())
+        digest.update(json.dumps(others).encode())
+    return digest.hexdigest()[:24]
 
 
 def _with(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,7 @@ fn generated_tokens_allocate_nothing() {
                 let measured = Measured {
                     neurons: Some(times.clone()),
                     inputs: std::array::from_fn(|_| Some(times.clone())),
+                    speedup: Some(2.0),
                 };
                 let found = model.probe_sparsity(&sparsity, Some(measured)).expect("no error");
                 assert_eq!(found.is_some(), name == "quantized");

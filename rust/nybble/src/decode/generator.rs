@@ -205,6 +205,7 @@ impl Generation {
         let neurons = now.neurons - before.neurons;
         let inactive = neurons - (now.active - before.active);
         self.metrics.sparsity = Some(SparsityMetrics {
+            measured_speedup: sparsity.speedup(),
             sparse_layers: sparsity.sparse_layers(),
             sparse_blocks: now.sparse - before.sparse,
             dense_blocks: now.dense - before.dense,

@@ -204,7 +204,7 @@ impl Model {
         if sparsity.thresholds().len() != self.spec.layers.len() {
             return Err(Error::argument("sparsity", "that of this model", "that of another"));
         }
-        sparsity.probe(self.run(), &self.weights, known)
+        sparsity.probe(self, known)
     }
 
     fn run(&self) -> linear::Run<'_> {
