@@ -3,7 +3,8 @@
 //! Matmul: `decode` is one row with a matrix larger than the last-level cache, in bytes of packed weights; `prefill` is 128
 //! rows with a matrix that fits, in multiplications. Attention: 9 heads that share 3 key heads of 64 elements; `prefill` is
 //! 512 new positions, `decode` one new position after 1023 others; both in multiplications of queries with keys and weights
-//! with values. The rest: elements.
+//! with values. `attention/257` and `/1370` are the tokens of an image of 224 and of 518 pixels in 6 heads of 64 that see all
+//! keys, in floats and on codes of 7 bits, from the layer's matrix to the output. The rest: elements.
 //!
 //! `cargo bench -p nybble --bench float_kernels -- attention/decode` runs a part; `NYBBLE_THREADS` sets the threads.
 #![allow(missing_docs)]
@@ -12,8 +13,9 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
-use nybble::kernels::attention::{self, KvCache, KvType, Scratch, Shape, attend};
-use nybble::kernels::{Columns, elementwise, f32 as matmul, float_matmul, norm, rope};
+use nybble::cpu::Isa;
+use nybble::kernels::attention::{self, KvCache, KvType, Scratch, Shape, attend, attend_codes, codes};
+use nybble::kernels::{Columns, Kernels, elementwise, f32 as matmul, float_matmul, norm, rope};
 use nybble::pack::{IntSource, Layout, Packed};
 use nybble::threads::Pool;
 
@@ -151,6 +153,53 @@ fn bench_attention(c: &mut Criterion) {
     }
 }
 
+fn bench_images(c: &mut Criterion) {
+    let pool = pool();
+    let (heads, dim) = (6, 64);
+    let (width, stride) = (heads * dim, 3 * heads * dim);
+    let shape = Shape {
+        groups: None,
+        heads,
+        kv_heads: heads,
+        head_dim: dim,
+        scale: 0.125,
+        window: None,
+        alibi: None,
+        softcap: None,
+        bias: None,
+        causal: false,
+        log2: false,
+    };
+    for n in [257, 1370] {
+        let mut group = group(c, &format!("attention/{n}"));
+        let qkv = noise(n * stride);
+        let (k, v) = (&qkv[width..], &qkv[2 * width..]);
+        let mut out = vec![0.0; n * width];
+        group.throughput(Throughput::Elements((2 * n * n * width) as u64));
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.allowed()) {
+            let kernels = Kernels::up_to(isa);
+            let mut scratch = Scratch::new();
+            let mut cache = KvCache::new(heads, dim, KvType::F16);
+            group.bench_function(format!("{}/f16", isa.name()), |b| {
+                b.iter(|| {
+                    cache.truncate(0);
+                    cache.append(&pool, k, v, n, stride).expect("memory");
+                    attend(&pool, kernels.attention, &shape, &cache, &qkv, stride, n, &mut out, &mut scratch)
+                        .expect("matching shapes");
+                });
+            });
+            let rows = codes::Rows { q: &qkv, q_stride: stride, k, v, kv_stride: stride };
+            group.bench_function(format!("{}/codes", isa.name()), |b| {
+                b.iter(|| {
+                    attend_codes(&pool, &kernels, &shape, rows, n, &mut out, &mut scratch)
+                        .expect("matching shapes");
+                });
+            });
+        }
+        group.finish();
+    }
+}
+
 fn bench_append(c: &mut Criterion) {
     let pool = pool();
     let mut group = group(c, "append");
@@ -204,5 +253,5 @@ fn bench_rows(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, bench_f32, bench_attention, bench_append, bench_rows);
+criterion_group!(benches, bench_f32, bench_attention, bench_images, bench_append, bench_rows);
 criterion_main!(benches);

@@ -90,8 +90,12 @@ def run(
     _check_places(source, out)
     original = checkpoint = Source(source)
     parts = checkpoint.plan()
-    if parts["kind"] == "encoder":
+    images = parts["kind"] == "encoder"
+    if images:
         _check_encoder(recipe, calibration)
+    elif recipe.attention.bits == 7:
+        message = "recipe: attention.bits 7 is supported for image encoders alone"
+        raise UnsupportedError(message)
     _check_calibration(recipe, calibration)
     pruned = shown = recovery = training = None
     if (pruner := recipe.pruner()) is not None:
@@ -154,7 +158,7 @@ def run(
             files.copy_companions(source, folder)
         files.write_text(folder / "recipe.yaml", recipe.to_yaml())
         report.source_files = {name: future.result() for name, future in hashes.items()}
-        config = _config(checkpoint.config, work, recipe)
+        config = _config(checkpoint.config, work, recipe.run_settings(images=images))
         if shown is not None and (method := recipe.sparsifier()) is not None:
             dense = {**config, "nybble": {**config["nybble"], "run": {}}}
             files.write_text(folder / "config.json", json.dumps(dense, indent=2) + "\n")
@@ -466,7 +470,7 @@ def _narrowed(values: Floats, dtype: str) -> tuple[npt.NDArray[Any], Floats]:
     return upper, (upper.astype("<u4") << 16).view("<f4")
 
 
-def _config(source: dict[str, Any], work: Plan, recipe: Recipe) -> dict[str, Any]:
+def _config(source: dict[str, Any], work: Plan, settings: dict[str, Any]) -> dict[str, Any]:
     dropped = ("_name_or_path", "_model_name_or_path", "torch_dtype", "nybble")
     config = {name: value for name, value in source.items() if name not in dropped}
     section = work.quantization_config()
@@ -482,7 +486,7 @@ def _config(source: dict[str, Any], work: Plan, recipe: Recipe) -> dict[str, Any
     config["nybble"] = {"version": SECTION_VERSION, "created_by": f"nybble {_nybble.version()}"}
     if (structure := (source.get("nybble") or {}).get("structure")) is not None:
         config["nybble"]["structure"] = structure
-    if settings := recipe.run_settings():
+    if settings:
         config["nybble"]["run"] = settings
     return config
 

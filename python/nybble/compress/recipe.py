@@ -13,6 +13,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
     softmax: exact
+    attention: {bits: auto}
     tokens: {name: agile_quant, beta: 0.2}
     sparsity: {name: chess, sparsity: 0.5}
 
@@ -33,6 +34,10 @@ the recipe.
 
 ``softmax: log2`` makes attention weigh with powers of two of 4-bit exponents while running, as
 Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here.
+
+``attention`` is for image encoders: ``bits: 7`` multiplies queries with keys, and probabilities
+with values, in codes of 7 bits, ``16`` in floats; ``auto`` takes 7 where weights and activations
+have 7, else floats. The crate's ``kernels/attention/codes.rs`` says what is rounded how.
 
 ``tokens`` says which tokens of prompts are left out when the model runs: the keys of
 :class:`nybble.tokens.TokenPolicy`, or the name and the settings of a method in
@@ -65,6 +70,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from nybble.compress.yaml_text import parse
 from nybble.errors import ArgumentError, ConfigError
 from nybble.prune import METHODS as PRUNINGS
 from nybble.prune import RECOVERIES, PruneMethod, Recovery, Structured
@@ -222,6 +228,22 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The two products of attention.
+
+    Parameters
+    ----------
+    bits
+        7, 16 for floats, or ``auto``.
+    """
+
+    bits: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        _check("attention.bits", self.bits, ("auto", 7, 16))
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How much text calibrated methods look at.
 
@@ -266,6 +288,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     floats: str = "auto"
     softmax: str = "exact"
+    attention: Attention = field(default_factory=Attention)
     tokens: Mapping[str, Any] | None = None
     sparsity: str | Mapping[str, Any] | None = None
     prune: str | Mapping[str, Any] | None = None
@@ -278,6 +301,9 @@ class Recipe:
             object.__setattr__(self, "tokens", _tokens(self.tokens))
         _check("floats", self.floats, ("auto", "bf16", "f16"))
         _check("softmax", self.softmax, ("exact", "log2"))
+        if self.softmax != "exact" and self.attention.bits == 7:
+            message = "recipe: attention.bits 7: softmax must be exact, not powers of two"
+            raise ConfigError(message)
         self.weights.quantizer()  # its settings are checked now, not an hour into the work
         if self.tuner() is not None and self.weights.bits == 16:
             message = "recipe: tuning: there are no scales, as weights.bits is 16"
@@ -390,11 +416,19 @@ class Recipe:
         whole = self.weights.zeros == "whole"
         return Scheme(bits, group, symmetric, inputs.of(role), strategy, whole)
 
-    def run_settings(self) -> dict[str, Any]:
-        """Return what the folder says about running beyond its tensors; empty for the usual."""
+    def run_settings(self, *, images: bool = False) -> dict[str, Any]:
+        """Return what the folder says about running beyond its tensors; empty for the usual.
+
+        `images` says whether the model is an image encoder.
+        """
         settings: dict[str, Any] = {}
         if self.softmax != "exact":
             settings["softmax"] = self.softmax
+        bits = self.attention.bits
+        if bits == "auto" and settings == {} and self.weights.bits == self.activations.bits:
+            bits = self.weights.bits
+        if images and bits == 7:
+            settings["attention"] = {"bits": 7}
         if self.tokens is not None:
             settings["tokens"] = dict(self.tokens)
         if self.sparsity is not None:
@@ -478,49 +512,18 @@ def read(recipe: Recipe | Mapping[str, Any] | str | Path | None) -> Recipe:
     names = shipped()
     if isinstance(recipe, str) and recipe in names:
         file = resources.files("nybble.compress").joinpath("recipes").joinpath(f"{recipe}.yaml")
-        return _recipe(_parse(file.read_text(encoding="utf-8"), recipe))
+        return _recipe(parse(file.read_text(encoding="utf-8"), recipe))
     path = Path(recipe)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
         raise ArgumentError(unknown("recipe", recipe, names) + "; or give a YAML file")
-    return _recipe(_parse(read_text(path, _MAX_FILE), str(path)))
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only, and no key twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            message = f"the key {key.value!r} stands there twice"
-            raise yaml.YAMLError(message)
-        seen.add(key.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _parse(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        # A SafeLoader underneath: it makes numbers, texts, lists and mappings only.
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        message = f"{where}: expected YAML: {error}"
-        raise ConfigError(message) from None
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        message = f"{where}: expected a mapping, found {type(value).__name__}"
-        raise ConfigError(message)
-    return value
+    return _recipe(parse(read_text(path, _MAX_FILE), str(path)))
 
 
 def _recipe(values: Mapping[str, Any]) -> Recipe:
     sections: dict[str, type[Any]] = {
         "weights": Weights,
         "activations": Activations,
+        "attention": Attention,
         "embedding": Matrix,
         "head": Matrix,
         "calibration": Calibration,

@@ -58,7 +58,20 @@ impl Rows<'_> {
     }
 }
 
-impl Tile<'_> {
+impl<'a> Tile<'a> {
+    /// Tile `t` of a matrix, in a cache.
+    #[inline]
+    pub(crate) fn of(w: &'a Packed, t: usize) -> Self {
+        Self {
+            bytes: w.tile_bytes(t),
+            cold: false,
+            asymmetric: w.asymmetric(),
+            narrow: w.narrow(),
+            steps: w.cols().div_ceil(TILE_K),
+            group_steps: w.group() / TILE_K,
+        }
+    }
+
     /// Bytes before each group's steps: 16 scales as f16, then 16 zero points if there are any.
     pub(crate) fn header(&self) -> usize {
         header_bytes(self.asymmetric)
@@ -107,14 +120,7 @@ pub(crate) unsafe fn walk<const MAX: usize>(
     let factor = w.output_mul();
     let scaled = factor.to_bits() != 1f32.to_bits();
     for t in tiles {
-        let mut tile = Tile {
-            bytes: w.tile_bytes(t),
-            cold: true,
-            asymmetric: w.asymmetric(),
-            narrow: w.narrow(),
-            steps: w.cols().div_ceil(TILE_K),
-            group_steps: w.group() / TILE_K,
-        };
+        let mut tile = Tile { cold: true, ..Tile::of(w, t) };
         for first in (0..x.rows()).step_by(MAX) {
             let count = MAX.min(x.rows() - first);
             let mut outputs = [[0.0; TILE_ROWS]; MAX];
@@ -179,6 +185,23 @@ macro_rules! int_matmul_kernel {
         $crate::kernels::tiles::int_matmul_kernel!($token, $isa, $layout, $rows, $block, 8);
     };
     ($token:ident, $isa:expr, $layout:expr, $rows:literal, $block:ident, $activation_bits:literal) => {
+        /// # Safety
+        /// As [`crate::kernels::IntMatmul::tiles`], and the CPU has the instructions.
+        unsafe fn walk_tiles(
+            w: &crate::pack::Packed,
+            x: &crate::kernels::quantize::Activations,
+            tiles: std::ops::Range<usize>,
+            y: crate::kernels::Columns<'_>,
+        ) {
+            // SAFETY: promised by the caller.
+            unsafe {
+                crate::kernels::tiles::walk::<$rows>(w, x, tiles, y, |tile, x, out| $block(tile, x, out));
+            }
+        }
+
+        $crate::kernels::tiles::int_matmul_kernel!(walk_tiles, $token, $isa, $layout, $activation_bits);
+    };
+    ($walk:ident, $token:ident, $isa:expr, $layout:expr, $activation_bits:literal) => {
         /// Holds the proof that the instructions may be used.
         struct Kernel(#[allow(dead_code)] crate::cpu::$token);
 
@@ -209,11 +232,8 @@ macro_rules! int_matmul_kernel {
                 tiles: std::ops::Range<usize>,
                 y: crate::kernels::Columns<'_>,
             ) {
-                // SAFETY: the token proves that the CPU has the instructions `block` is compiled for; the rest is the
-                // caller's promise.
-                unsafe {
-                    crate::kernels::tiles::walk::<$rows>(w, x, tiles, y, |tile, x, out| $block(tile, x, out));
-                }
+                // SAFETY: the token proves that the CPU has the instructions; the rest is the caller's promise.
+                unsafe { $walk(w, x, tiles, y) }
             }
         }
     };

@@ -100,6 +100,10 @@ impl Model {
         let checkpoint = Checkpoint::open(path, options.access)?;
         let spec = checkpoint.spec()?;
         let settings = Settings::read(checkpoint.config())?;
+        if settings.attention_codes {
+            let detail = "codes are multiplied in image encoders alone";
+            return Err(Error::unsupported("nybble.run.attention of a language model", detail));
+        }
         let context = match options.context {
             None => spec.context,
             Some(context) if (1..=spec.context).contains(&context) => context,

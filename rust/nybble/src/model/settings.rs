@@ -22,6 +22,8 @@ const VERSION: u64 = 1;
 pub struct Settings {
     /// Softmax outputs are powers of two with 4-bit exponents.
     pub log2_softmax: bool,
+    /// Attention of image encoders multiplies codes of 7 bits, not floats.
+    pub attention_codes: bool,
     /// Which tokens of prompts are reduced.
     pub tokens: Option<Policy>,
     /// Whether thresholds of activation sparsity stand beside the weights, see [`super::sparsity`].
@@ -60,6 +62,7 @@ impl Settings {
                 ("softmax", _) => {
                     return Err(Error::format(FILE, "run.softmax", "\"exact\" or \"log2\"", brief(value)));
                 }
+                ("attention", _) => settings.attention_codes = attention_codes(value)?,
                 ("sparsity", _) if value.is_null() => settings.sparse = false,
                 // How the thresholds were found is told for people; the file has them.
                 ("sparsity", _) if value.is_object() => settings.sparse = true,
@@ -81,13 +84,39 @@ impl Settings {
                     settings.tokens = Some(policy);
                 }
                 _ => {
-                    let detail =
-                        "softmax, tokens and sparsity are read; a newer nybble may have made the folder";
+                    let detail = "attention, softmax, tokens and sparsity are read; a newer nybble may have made the folder";
                     return Err(Error::unsupported(format!("{FILE}: run.{key}"), detail));
                 }
             }
         }
+        if settings.attention_codes && settings.log2_softmax {
+            let detail = "its weights are powers of two";
+            return Err(Error::unsupported(
+                format!("{FILE}: run.attention.bits 7 with run.softmax \"log2\""),
+                detail,
+            ));
+        }
         Ok(settings)
+    }
+}
+
+/// Reads `{"bits": 7}`.
+fn attention_codes(value: &Value) -> Result<bool> {
+    let section = match value {
+        Value::Null => return Ok(false),
+        Value::Object(section) => section,
+        other => return Err(Error::format(FILE, "run.attention", "an object", brief(other))),
+    };
+    if let Some(key) = section.keys().find(|key| *key != "bits") {
+        let detail = "bits is read; a newer nybble may have made the folder";
+        return Err(Error::unsupported(format!("{FILE}: run.attention.{key}"), detail));
+    }
+    match section.get("bits").map(|bits| (bits.as_u64(), bits)) {
+        Some((Some(7), _)) => Ok(true),
+        found => {
+            let found = found.map_or("nothing".into(), |(_, bits)| brief(bits));
+            Err(Error::format(FILE, "run.attention.bits", "7", found))
+        }
     }
 }
 
@@ -104,6 +133,8 @@ mod tests {
         assert_eq!(read(Value::Null).expect("none"), Settings::default());
         assert_eq!(read(json!({"version": 1, "created_by": "x"})).expect("good"), Settings::default());
         assert!(read(json!({"version": 1, "run": {"softmax": "log2"}})).expect("good").log2_softmax);
+        let attention = json!({"version": 1, "run": {"attention": {"bits": 7}}});
+        assert!(read(attention).expect("good").attention_codes);
         let tokens = read(json!({"version": 1, "run": {"tokens": {"ratio": 0.3}}})).expect("good").tokens;
         assert_eq!(tokens, Some(Policy { ratio: 0.3, ..Policy::default() }));
         assert_eq!(read(json!({"version": 1, "run": {"tokens": null}})).expect("good"), Settings::default());
@@ -115,6 +146,11 @@ mod tests {
             (json!({"version": 2}), "newer"),
             (json!({"version": 1, "run": []}), "run"),
             (json!({"version": 1, "run": {"softmax": 2}}), "softmax"),
+            (json!({"version": 1, "run": {"attention": 7}}), "run.attention"),
+            (json!({"version": 1, "run": {"attention": {}}}), "run.attention.bits"),
+            (json!({"version": 1, "run": {"attention": {"bits": 8}}}), "run.attention.bits"),
+            (json!({"version": 1, "run": {"attention": {"bits": 7, "rows": 4}}}), "run.attention.rows"),
+            (json!({"version": 1, "run": {"attention": {"bits": 7}, "softmax": "log2"}}), "log2"),
             (json!({"version": 1, "run": {"sotfmax": "log2"}}), "sotfmax"),
         ] {
             let message = read(section).expect_err(word).to_string();

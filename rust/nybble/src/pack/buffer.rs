@@ -112,7 +112,8 @@ impl Buffer {
         Ok(buffer)
     }
 
-    fn zeroed(len: usize) -> Option<Self> {
+    /// That many zeros; none if the system has no room for them.
+    pub(crate) fn zeroed(len: usize) -> Option<Self> {
         if len < MAPPED {
             return Some(Self { memory: Memory::Heap(Heap::new(len)?), start: 0, len });
         }
@@ -133,7 +134,8 @@ impl Buffer {
         }
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The bytes.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.memory {
             Memory::Heap(heap) => heap.bytes_mut(),
             Memory::Map(map) => &mut map[self.start..][..self.len],

@@ -42,7 +42,7 @@ pub(super) const MAX_GROUP: usize = 65536;
 /// The zero point of symmetric codes in the unit of zero points: code 8 of 4 bits in sixteenths, code 128 of 8 bits.
 pub(crate) const MIDDLE: i32 = 128;
 
-const SCALE_BYTES: usize = 2 * TILE_ROWS;
+pub(super) const SCALE_BYTES: usize = 2 * TILE_ROWS;
 /// The smallest f16 that is held to full precision, 2^-14.
 const SMALLEST_NORMAL: f32 = 6.103_515_6e-5;
 /// Steps that are rearranged together: each source row is read 256 (W4) or 512 (W8) bytes at a time, which the hardware

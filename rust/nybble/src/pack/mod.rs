@@ -14,6 +14,7 @@
 
 mod buffer;
 mod bundles;
+mod codes;
 mod float;
 mod int;
 
@@ -22,6 +23,7 @@ use half::{bf16, f16};
 pub(crate) use buffer::Buffer;
 pub(crate) use bundles::Side;
 pub use bundles::{Bundles, CHUNK};
+pub(crate) use codes::LARGEST;
 pub use int::IntSource;
 pub(crate) use int::{MIDDLE, group_header, header_bytes};
 

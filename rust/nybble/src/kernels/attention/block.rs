@@ -7,7 +7,8 @@ use half::f16;
 use super::super::f32::lanes::{Element, LANES, MAX_ROWS, Panel, Tier};
 use super::softmax::{Bias, Cap, Merge, Running, Scale, Scores, Slope, Times, Weigh};
 use super::{
-    Attention, Call, Given, KEYS, KvType, Memory, Record, SPAN, Statistic, TASK_ROWS, Task, graph, statistics,
+    Attention, Call, Given, KEYS, KvType, Memory, Record, SPAN, Statistic, TASK_ROWS, Task, codes, graph,
+    statistics,
 };
 use crate::cpu::Isa;
 use crate::kernels::Columns;
@@ -58,6 +59,28 @@ impl<T: Tier> Attention for T {
             out.copy_from_slice(&total[..dim]);
             Tier::run(*self, Scale(out, 1.0 / running.sum));
         }
+    }
+
+    fn encode_head(
+        &self,
+        rows: &codes::Rows<'_>,
+        kv_head: usize,
+        n: usize,
+        dim: usize,
+        head: &mut codes::Head,
+    ) {
+        codes::encode(*self, rows, kv_head, n, dim, head);
+    }
+
+    unsafe fn run_codes(
+        &self,
+        call: &codes::Call<'_>,
+        head: usize,
+        queries: Range<usize>,
+        memory: &mut Memory,
+    ) {
+        // SAFETY: promised by the caller.
+        unsafe { codes::run(*self, call, head, queries, memory) }
     }
 
     fn statistics(

@@ -21,6 +21,7 @@
 mod block;
 mod branches;
 mod cache;
+pub mod codes;
 mod graph;
 mod log2;
 mod softmax;
@@ -32,12 +33,14 @@ use std::sync::{Mutex, PoisonError};
 
 pub use branches::Branches;
 pub use cache::{KvCache, KvType};
+pub use codes::attend_codes;
 pub(crate) use graph::Small;
 pub use graph::{Given, Graph, Record};
 pub use statistics::{Statistic, statistics};
 
 use super::Columns;
 use super::elementwise::tiers::listed;
+use super::quantize::Activations;
 use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use crate::threads::Pool;
@@ -118,6 +121,28 @@ pub trait Attention: Sync {
     /// No other thread may access these rows of the output and of `partials` during the call.
     unsafe fn merge(&self, call: &Call<'_>, partials: Columns<'_>, rows: Range<usize>, memory: &mut Memory);
 
+    /// Makes codes of the `n` keys and values of one head, for [`attend_codes`]; the head has their shape.
+    fn encode_head(
+        &self,
+        rows: &codes::Rows<'_>,
+        kv_head: usize,
+        n: usize,
+        dim: usize,
+        head: &mut codes::Head,
+    );
+
+    /// Computes some queries of one head in a call of [`attend_codes`].
+    ///
+    /// # Safety
+    /// No other thread may access these rows of this head in the output during the call.
+    unsafe fn run_codes(
+        &self,
+        call: &codes::Call<'_>,
+        head: usize,
+        queries: Range<usize>,
+        memory: &mut Memory,
+    );
+
     /// Computes one task of a call of [`statistics`]: adds what the given queries give with the heads of one key head.
     fn statistics(
         &self,
@@ -195,6 +220,8 @@ pub struct Scratch {
     workers: Vec<Mutex<Memory>>,
     /// What spans leave, where they are tasks of their own.
     partials: Lines,
+    /// Keys and values as codes.
+    heads: Vec<codes::Head>,
 }
 
 impl std::fmt::Debug for Scratch {
@@ -211,7 +238,8 @@ impl Scratch {
 
     /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
-        self.workers.iter().map(|work| lock(work).lines.bytes()).sum::<usize>() + self.partials.bytes()
+        let workers = self.workers.iter().map(|work| lock(work).bytes()).sum::<usize>();
+        workers + self.partials.bytes() + self.heads.iter().map(codes::Head::bytes).sum::<usize>()
     }
 
     fn grow(&mut self, threads: usize, floats: usize, partials: usize) -> Result<()> {
@@ -233,11 +261,20 @@ impl Scratch {
 #[derive(Default)]
 pub struct Memory {
     lines: Lines,
+    /// Of attention on codes.
+    queries: Activations,
+    weights: Activations,
+}
+
+impl Memory {
+    fn bytes(&self) -> usize {
+        self.lines.bytes() + self.queries.bytes() + self.weights.bytes()
+    }
 }
 
 impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Memory").field("bytes", &self.lines.bytes()).finish()
+        f.debug_struct("Memory").field("bytes", &self.bytes()).finish()
     }
 }
 
@@ -365,7 +402,7 @@ fn compute(
     let room = n * shape.heads * cache.capacity().div_ceil(SPAN) * partial;
     let floats = block::floats(shape.head_dim, branches.map_or(0, Branches::floats));
     scratch.grow(threads, floats, if span_pieces > 1 { room } else { 0 })?;
-    let Scratch { workers, partials } = scratch;
+    let Scratch { workers, partials, .. } = scratch;
     let rows = n * shape.heads;
     let call = Call {
         shape: *shape,
@@ -468,15 +505,7 @@ fn work_off(
 fn check(shape: &Shape<'_>, cache: &KvCache, q: &[f32], q_stride: usize, n: usize) -> Result<usize> {
     let wrong = |name: &str, expected: String, found: String| Err(Error::argument(name, expected, found));
     let Shape { heads, kv_heads, head_dim, .. } = *shape;
-    if let Some(groups) = shape.groups {
-        let ends = groups.first() == Some(&0) && groups.last() == Some(&heads);
-        if kv_heads == 0 || groups.len() != kv_heads + 1 || !ends || !groups.is_sorted_by(|a, b| a < b) {
-            let expected = format!("the first heads of {kv_heads} groups, and {heads}");
-            return wrong("groups of heads", expected, format!("{groups:?}"));
-        }
-    } else if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
-        return wrong("heads", format!("a multiple of {kv_heads}"), heads.to_string());
-    }
+    check_heads(shape)?;
     if (kv_heads, head_dim) != (cache.kv_heads(), cache.head_dim()) {
         let found = format!("{} heads of {}", cache.kv_heads(), cache.head_dim());
         return wrong("KV cache", format!("{kv_heads} heads of {head_dim}"), found);
@@ -517,4 +546,20 @@ fn check(shape: &Shape<'_>, cache: &KvCache, q: &[f32], q_stride: usize, n: usiz
         return wrong("queries", format!("{n} rows of {width}, {q_stride} apart"), q.len().to_string());
     }
     Ok(width)
+}
+
+/// Checks how query heads share key heads.
+fn check_heads(shape: &Shape<'_>) -> Result<()> {
+    let wrong = |name: &str, expected: String, found: String| Err(Error::argument(name, expected, found));
+    let Shape { heads, kv_heads, .. } = *shape;
+    if let Some(groups) = shape.groups {
+        let ends = groups.first() == Some(&0) && groups.last() == Some(&heads);
+        if kv_heads == 0 || groups.len() != kv_heads + 1 || !ends || !groups.is_sorted_by(|a, b| a < b) {
+            let expected = format!("the first heads of {kv_heads} groups, and {heads}");
+            return wrong("groups of heads", expected, format!("{groups:?}"));
+        }
+    } else if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return wrong("heads", format!("a multiple of {kv_heads}"), heads.to_string());
+    }
+    Ok(())
 }

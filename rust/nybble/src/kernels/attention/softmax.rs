@@ -186,15 +186,18 @@ impl Work for Weigh<'_> {
     }
 }
 
+/// The largest score, of a multiple of 16; NaN is never it.
+///
 /// # Safety
 /// The instructions of `L` must be there.
 #[inline(always)]
-unsafe fn largest<L: Lanes>(scores: &Scores) -> f32 {
+pub(super) unsafe fn largest<L: Lanes>(scores: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
-    // SAFETY: both arrays have 16 elements at every address used; the instructions are promised.
+    assert!(scores.len() >= LANES && scores.len().is_multiple_of(LANES), "whole lanes");
+    // SAFETY: both have 16 elements at every address used; the instructions are promised.
     unsafe {
         let mut largest = L::load(scores.as_ptr());
-        for i in 1..KEYS / LANES {
+        for i in 1..scores.len() / LANES {
             largest = largest.larger(L::load(scores.as_ptr().add(i * LANES)));
         }
         largest.store(lanes.as_mut_ptr());
@@ -209,15 +212,18 @@ unsafe fn largest<L: Lanes>(scores: &Scores) -> f32 {
     lanes[0]
 }
 
+/// The sum of a multiple of 16 numbers.
+///
 /// # Safety
 /// The instructions of `L` must be there.
 #[inline(always)]
-unsafe fn sum<L: Lanes>(scores: &Scores) -> f32 {
+pub(super) unsafe fn sum<L: Lanes>(scores: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
-    // SAFETY: both arrays have 16 elements at every address used; the instructions are promised.
+    assert!(scores.len() >= LANES && scores.len().is_multiple_of(LANES), "whole lanes");
+    // SAFETY: both have 16 elements at every address used; the instructions are promised.
     unsafe {
         let mut sum = L::load(scores.as_ptr());
-        for i in 1..KEYS / LANES {
+        for i in 1..scores.len() / LANES {
             sum = sum.plus(L::load(scores.as_ptr().add(i * LANES)));
         }
         sum.store(lanes.as_mut_ptr());

@@ -76,7 +76,7 @@ pub fn statistics(
     let tasks = pieces * parts;
     let threads = pool.threads().min(tasks);
     scratch.grow(threads, block::floats(shape.head_dim, 0), tasks * width)?;
-    let Scratch { workers, partials } = scratch;
+    let Scratch { workers, partials, .. } = scratch;
     let past = cache.len() - n;
     let first = shape.window.map_or(0, |window| (past + 1).saturating_sub(window));
     let call = Call {

@@ -94,6 +94,32 @@ pub struct Activations {
     sums: Vec<i32>,
 }
 
+/// All rows of an [`Activations`], to be written.
+pub(crate) struct RowsMut<'a> {
+    /// `[rows, stride]`.
+    pub(crate) codes: &'a mut [i8],
+    /// Columns rounded up to 32.
+    pub(crate) stride: usize,
+    /// `[rows, groups]`.
+    pub(crate) scales: &'a mut [f32],
+    /// `[rows, groups]`.
+    pub(crate) sums: &'a mut [i32],
+    /// Groups of a row.
+    pub(crate) groups: usize,
+}
+
+impl RowsMut<'_> {
+    /// Row `r`.
+    pub(crate) fn row(&mut self, r: usize) -> Row<'_> {
+        let groups = r * self.groups..(r + 1) * self.groups;
+        Row {
+            codes: &mut self.codes[r * self.stride..][..self.stride],
+            scales: &mut self.scales[groups.clone()],
+            sums: &mut self.sums[groups],
+        }
+    }
+}
+
 /// One row's parts of an [`Activations`], to be written.
 #[derive(Debug)]
 pub struct Row<'a> {
@@ -291,6 +317,30 @@ impl Activations {
             kernel.row(x, group, rounding, out);
         });
         Ok(())
+    }
+
+    /// Room for rows whose codes, of at most `bits` bits, do not come from floats as [`Activations::quantize`] takes them. Whoever
+    /// asks writes all of them, zeros behind the last column included. `grouping` are the columns of a group and the groups.
+    pub(crate) fn make_room(
+        &mut self,
+        rows: usize,
+        cols: usize,
+        (group, groups): (usize, usize),
+        bits: u32,
+    ) -> RowsMut<'_> {
+        let stride = cols.next_multiple_of(TILE_K);
+        (self.rows, self.cols, self.group, self.groups, self.stride) = (rows, cols, group, groups, stride);
+        self.bits = bits;
+        self.codes.resize(rows * stride, 0);
+        self.scales.resize(rows * groups, 0.0);
+        self.sums.resize(rows * groups, 0);
+        let Self { codes, scales, sums, .. } = self;
+        RowsMut { codes, stride, scales, sums, groups }
+    }
+
+    /// Bytes of memory held.
+    pub(crate) fn bytes(&self) -> usize {
+        self.codes.capacity() + 4 * (self.scales.capacity() + self.sums.capacity())
     }
 
     /// Number of rows.

@@ -16,18 +16,114 @@
 //! widening the weights, too, takes a slot, and each is used for fewer rows than registers would have to hold.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use crate::cpu::Isa;
-use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque};
-use crate::kernels::x86;
-use crate::pack::{Layout, MIDDLE};
+use crate::kernels::quantize::Activations;
+use crate::kernels::tiles::{Outputs, Rows, Tile, fetch_ahead, int_matmul_kernel, opaque, walk};
+use crate::kernels::{Columns, x86};
+use crate::pack::{Layout, MIDDLE, Packed, TILE_K, TILE_ROWS, header_bytes};
 
-int_matmul_kernel!(Avx2, Isa::Avx2, Layout::W8, 4, block);
+int_matmul_kernel!(all, Avx2, Isa::Avx2, Layout::W8, 8);
 
 const STEP: usize = Layout::W8.step_bytes();
 
 /// What makes codes of 7 bits unsigned.
 const NARROW: i32 = 64;
+
+/// # Safety
+/// As [`crate::kernels::IntMatmul::tiles`], and the CPU has the instructions.
+unsafe fn all(w: &Packed, x: &Activations, tiles: Range<usize>, y: Columns<'_>) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if w.narrow() && x.bits() < 8 && x.groups() == 1 && w.cols() <= SHORT {
+            short(w, x, tiles, y);
+        } else {
+            walk::<4>(w, x, tiles, y, |tile, x, out| block(tile, x, out));
+        }
+    }
+}
+
+/// Columns up to which a matrix of one group is multiplied by [`short`].
+const SHORT: usize = 128;
+
+/// What [`walk`] and [`block`] do, for short rows of narrow codes such as the keys of a head: four rows go through all tiles
+/// in one loop. To begin and end a tile takes as long as a third of its 64 columns otherwise.
+///
+/// # Safety
+/// As [`crate::kernels::IntMatmul::tiles`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn short(w: &Packed, x: &Activations, tiles: Range<usize>, y: Columns<'_>) {
+    for first in (0..x.rows()).step_by(4) {
+        let count = (x.rows() - first).min(4);
+        let rows = x.block(first, count);
+        // SAFETY: promised by the caller.
+        unsafe {
+            match count {
+                1 => short_rows::<1>(w, &rows, tiles.clone(), y, first),
+                2 => short_rows::<2>(w, &rows, tiles.clone(), y, first),
+                3 => short_rows::<3>(w, &rows, tiles.clone(), y, first),
+                _ => short_rows::<4>(w, &rows, tiles.clone(), y, first),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`short`], of `M` rows, which are those of `y` from `first` on.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn short_rows<const M: usize>(
+    w: &Packed,
+    x: &Rows<'_>,
+    tiles: Range<usize>,
+    y: Columns<'_>,
+    first: usize,
+) {
+    assert!(w.narrow() && x.bits < 8, "codes of 7 bits");
+    opaque(0); // aligns the stack
+    let factor = w.output_mul();
+    let mut start = [_mm256_setzero_si256(); M];
+    for (start, sum) in start.iter_mut().zip(x.sums) {
+        *start = _mm256_set1_epi32(-NARROW * sum);
+    }
+    if !tiles.is_empty() {
+        Tile::of(w, tiles.start).check(x, M, STEP); // all tiles are alike
+    }
+    let turns = 4 * w.cols().div_ceil(TILE_K);
+    for t in tiles {
+        let tile = w.tile_bytes(t);
+        let mut sums = [[_mm256_setzero_si256(); 2]; M];
+        for (sums, start) in sums.iter_mut().zip(start) {
+            *sums = [start; 2];
+        }
+        let mut weights = tile[header_bytes(false)..].as_ptr();
+        let mut codes = x.codes.as_ptr();
+        for _ in 0..turns {
+            // SAFETY: `check` made sure that a tile holds these steps, and each of the M rows their codes.
+            unsafe {
+                narrow::<M, 2>(weights, codes, x.stride, &mut sums);
+                weights = weights.add(128);
+                codes = codes.add(8);
+            }
+        }
+        // SAFETY: a tile begins with its header.
+        let scales = unsafe { x86::scales(tile.as_ptr()) };
+        for m in 0..M {
+            let mut out = [_mm256_setzero_ps(); 2];
+            x86::finish_group(&mut out, sums[m], scales, x.scales[m]);
+            out = out.map(|out| _mm256_mul_ps(out, _mm256_set1_ps(factor)));
+            // SAFETY: promised by the caller, and the slice is gone before the next is made.
+            let to = unsafe { y.row(first + m, t * TILE_ROWS, TILE_ROWS) };
+            if let Ok(to) = <&mut Outputs>::try_from(&mut *to) {
+                x86::store(std::slice::from_mut(to), &[out]);
+            } else {
+                let mut all = [[0.0; TILE_ROWS]];
+                x86::store(&mut all, &[out]);
+                to.copy_from_slice(&all[0][..to.len()]);
+            }
+        }
+    }
+}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn block(tile: &Tile<'_>, x: &Rows<'_>, out: &mut [Outputs]) {

@@ -217,6 +217,10 @@ fn reduce(
 
 /// `att = softmax(scale * q kᵀ) v` of every image by itself; where tokens are reduced, each image's plan is made before the
 /// next one's keys replace its own.
+///
+/// On codes there is no cache: it is filled where a layer's choice of tokens reads it. A method that wants the graph of
+/// attention gets that of floats, and the layer computes in floats, for the probabilities are a part of it; what tokens receive
+/// is computed from floats beside attention on codes.
 fn attend(
     run: Run<'_>,
     attention: &Attention,
@@ -234,20 +238,26 @@ fn attend(
     let (pool, kernel, scratch) = (run.pool, run.kernels.attention, &mut s.attention);
     let images = s.qkv.chunks_exact(n * width).zip(s.att.chunks_exact_mut(n * q));
     for (image, (qkv, out)) in images.enumerate() {
+        let graph = reduction.as_ref().is_some_and(|reduction| reduction.wants_graph());
+        let codes = run.settings.attention_codes && !graph;
         cache.truncate(0);
-        cache.append(pool, &qkv[q..], &qkv[q + k..], n, width)?;
-        let Some(reduction) = &mut reduction else {
-            attention::attend(pool, kernel, &shape, cache, qkv, width, n, out, scratch)?;
-            continue;
-        };
-        let bias = reduction.bias(image, n).map(<[f32]>::to_vec);
+        if !codes || reduction.as_ref().is_some_and(|reduction| reduction.wants_cache()) {
+            cache.append(pool, &qkv[q..], &qkv[q + k..], n, width)?;
+        }
+        let bias = reduction.as_ref().and_then(|reduction| reduction.bias(image, n)).map(<[f32]>::to_vec);
         let shape = attention::Shape { bias: bias.as_deref(), ..shape };
-        if let Some(graph) = reduction.graph() {
+        if codes {
+            let (k, v) = (&qkv[q..], &qkv[q + k..]);
+            let rows = attention::codes::Rows { q: qkv, q_stride: width, k, v, kv_stride: width };
+            attention::attend_codes(pool, run.kernels, &shape, rows, n, out, scratch)?;
+        } else if let Some(graph) = reduction.as_mut().and_then(|reduction| reduction.graph()) {
             attention::attend_graph(pool, kernel, &shape, cache, qkv, width, out, graph, scratch)?;
         } else {
             attention::attend(pool, kernel, &shape, cache, qkv, width, n, out, scratch)?;
         }
-        reduction.decide(run, &shape, cache, qkv, scratch)?;
+        if let Some(reduction) = &mut reduction {
+            reduction.decide(run, &shape, cache, qkv, n, scratch)?;
+        }
     }
     Ok(())
 }

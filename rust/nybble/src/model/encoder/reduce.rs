@@ -80,22 +80,37 @@ impl<'a> Reduction<'a> {
         (!self.bias.is_empty()).then(|| &self.bias[image * n..][..n])
     }
 
-    /// Where attention is to leave its graph, if this layer wants it.
-    pub(super) fn graph(&mut self) -> Option<&mut Graph> {
-        (self.now.is_some() && self.policy.method.wants() == Wants::Graph).then_some(&mut self.graph)
+    /// What the layer's choice of tokens is made by, if it is to choose.
+    fn wants(&self) -> Option<Wants> {
+        self.now.map(|_| self.policy.method.wants())
     }
 
-    /// Decides about the next image's tokens, whose keys are in `cache`, if the layer is to decide.
+    /// Whether attention is to leave its graph.
+    pub(super) fn wants_graph(&self) -> bool {
+        self.wants() == Some(Wants::Graph)
+    }
+
+    /// Whether [`Reduction::decide`] reads the cache.
+    pub(super) fn wants_cache(&self) -> bool {
+        matches!(self.wants(), Some(Wants::Received | Wants::ClassRow))
+    }
+
+    /// Where attention is to leave its graph, if this layer wants it.
+    pub(super) fn graph(&mut self) -> Option<&mut Graph> {
+        self.wants_graph().then_some(&mut self.graph)
+    }
+
+    /// Decides about the next image's `n` tokens, if the layer is to decide; their keys are in `cache` if it is wanted.
     pub(super) fn decide(
         &mut self,
         run: Run<'_>,
         shape: &Shape<'_>,
         cache: &KvCache,
         qkv: &[f32],
+        n: usize,
         memory: &mut Scratch,
     ) -> Result<()> {
         let Some((layer, budget)) = self.now else { return Ok(()) };
-        let n = cache.len();
         let (q, k) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let width = q + 2 * k;
         let method = &self.policy.method;
