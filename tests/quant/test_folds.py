@@ -6,7 +6,7 @@ import pytest
 from nybble.calibrate.stats import InputStats
 from nybble.errors import ConfigError
 from nybble.quant import FOLDS, Awq, Rtn, Scheme, SmoothQuant, Trip
-from nybble.quant.fold import Pair
+from nybble.quant.fold import Pair, rounded_by_range
 
 
 def stats_of(inputs, needs=("gram", "sample")):
@@ -135,8 +135,22 @@ def test_awq_never_loses_and_gains_where_few_channels_matter():
     scaled = Rtn().quantize((weight * factors).astype(np.float32), scheme).dequantize() / factors
     lost = [np.square(inputs @ (w - weight).T).sum() for w in (plain, scaled)]
     assert lost[1] < 0.5 * lost[0]
-    even = Awq().factors(norm_pair(64), [weight], stats_of(np.ones((9, 64))), scheme)
+    signs = np.sign(weight)  # all channels alike
+    even = Awq().factors(norm_pair(64), [signs], stats_of(np.ones((9, 64))), scheme)
     np.testing.assert_allclose(even, 1.0)
+
+
+def test_awq_evens_out_columns_of_different_sizes():
+    rng = np.random.default_rng(5)
+    sizes = np.exp(rng.uniform(-1, 1, 64))
+    weight = (rng.uniform(-1, 1, (96, 64)) * sizes).astype(np.float32)
+    scheme = Scheme(4, 64, symmetric=False)
+    inputs = stats_of(rng.standard_normal((800, 64)))
+    factors = Awq().factors(norm_pair(64), [weight], inputs, scheme)
+    assert np.corrcoef(np.log(factors), np.log(sizes))[0, 1] < -0.9
+    back = rounded_by_range((weight * factors).astype(np.float32), scheme) / factors
+    plain = rounded_by_range(weight, scheme)
+    assert np.square(back - weight).sum() < 0.7 * np.square(plain - weight).sum()
 
 
 def test_inputs_of_zero_leave_everything_as_it_is():
