@@ -7,8 +7,8 @@
 //! Where the weights are codes of 7 bits ([`Packed::narrow`]), adding 64 makes them unsigned, and the products of two columns
 //! with any activations are at most 2 * 127 * 127: no change of sign is needed, and `64 * sum(activations)` is taken off once
 //! a group. Where the activations have 7 bits, too, those of four columns are at most 4 * 127 * 63, so two pairs are added
-//! before they are widened: three multiplications for 64 products, in place of six. In groups of 128 that runs at 1.6 times
-//! the speed of 8 bits with 8.
+//! before they are widened: three multiplications for 64 products, in place of six. That runs about one and a half
+//! times as fast as 8 bits with 8.
 //!
 //! The change of sign takes one of the two multiplication slots a cycle (measured on Zen 3), so three instructions for 32
 //! products set the pace. Tried and lost: widening both sides to 16 bits for `vpmaddwd` alone, which is two instructions. With
