@@ -27,9 +27,7 @@ NEEDS = {
 _SAMPLE = 512  # rows kept by "sample"
 _LARGEST = 1e15
 _BLOCK = 256  # columns of a symmetric product at a time
-_ROWS = (
-    32  # rows in float64 at a time: a window's would leave the caches, which takes 5 times as long
-)
+_ROWS = 32  # in float64 at a time: all of a window would leave the caches, for 5 times the time
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
