@@ -11,7 +11,7 @@ def test_sums_over_windows_are_those_of_all_tokens():
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((50, 6)).astype(np.float32)
     reference = inputs + rng.standard_normal((50, 6)).astype(np.float32)
-    stats = InputStats("l", 6, ["gram", "reference", "sample"])
+    stats = InputStats("l", 6, ["gram", "reference", "sample", "magnitudes"])
     for start in range(0, 50, 20):
         stats.update(inputs[start : start + 20], reference[start : start + 20])
     assert stats.count == 50
@@ -26,7 +26,7 @@ def test_sums_over_windows_are_those_of_all_tokens():
 def test_what_nobody_needs_takes_no_memory():
     stats = InputStats("l", 4096)
     stats.update(np.ones((3, 4096), np.float32))
-    assert stats.gram.size == stats.drift.size == 0
+    assert stats.gram.size == stats.drift.size == stats.absolute.size == 0
     assert stats.largest.max() == 1
 
 

@@ -9,7 +9,7 @@ from nybble.quant import FOLDS, Awq, Rtn, Scheme, SmoothQuant, Trip
 from nybble.quant.fold import Pair, rounded_by_range
 
 
-def stats_of(inputs, needs=("gram", "sample")):
+def stats_of(inputs, needs=("gram", "sample", "magnitudes")):
     stats = InputStats("x", inputs.shape[1], needs)
     stats.update(inputs.astype(np.float32))
     return stats

@@ -18,6 +18,7 @@ __all__ = ["NEEDS", "InputStats", "product"]
 
 NEEDS = {
     "gram": "the second moments of the inputs",
+    "magnitudes": "the mean magnitude of each channel",
     "reference": "the inputs the original model would have had",
     "sample": "some of the inputs themselves",
     "moments": "the mean and the variance of each channel",
@@ -52,7 +53,7 @@ class InputStats:
     low, high
         Least and greatest value of each channel.
     absolute
-        Sum of the magnitudes of each channel.
+        Sum of the magnitudes of each channel, with "magnitudes".
     gram
         ``X^T X``; the GPTQ literature's Hessian, up to a factor.
     drift
@@ -71,7 +72,7 @@ class InputStats:
         self.count = 0
         self.low = np.full(cols, np.inf, dtype=np.float32)
         self.high = np.full(cols, -np.inf, dtype=np.float32)
-        self.absolute: Doubles = np.zeros(cols)
+        self.absolute: Doubles = np.zeros(cols if "magnitudes" in self.needs else 0)
         self.gram: Doubles = np.zeros((cols, cols) if "gram" in self.needs else (0, 0))
         self.drift: Doubles = np.zeros((cols, cols) if "reference" in self.needs else (0, 0))
         moments = "moments" in self.needs
@@ -99,7 +100,8 @@ class InputStats:
             raise FormatError(message)
         np.minimum(self.low, low, out=self.low)
         np.maximum(self.high, high, out=self.high)
-        self.absolute += np.abs(inputs).sum(axis=0, dtype=np.float64)
+        if "magnitudes" in self.needs:
+            self.absolute += np.abs(inputs).sum(axis=0, dtype=np.float64)
         if self.gram.size:
             self.gram += _gram(inputs)
         if self.drift.size and reference is not None:
@@ -151,7 +153,7 @@ class InputStats:
 
     @property
     def mean(self) -> Doubles:
-        """Mean magnitude of each channel."""
+        """Mean magnitude of each channel; needs ``magnitudes``."""
         return self.absolute / max(self.count, 1)
 
     def energy(self, weights: Floats) -> float:

@@ -23,6 +23,9 @@ from nybble.prune.plan import Cut, Plan
 
 __all__ = ["Changes", "compensate", "sparsify"]
 
+# Tokens that tell a linear's error: with all that are kept it took a tenth of Wanda's time.
+_ERROR_ROWS = 256
+
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
@@ -231,6 +234,7 @@ def _transposed(subject: Subject, linear: str) -> bool:
 
 def _error(before: Floats, after: Floats, bias: Floats | None, stats: InputStats) -> float:
     sample = stats.sample
+    sample = sample[:: max(1, len(sample) // _ERROR_ROWS)]
     wanted, change = product(sample, before.T), product(sample, (after - before).T)
     if bias is not None:
         change += bias

@@ -54,8 +54,8 @@ class Awq(Fold):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The inputs' second moments."""
-        return frozenset({"gram"})
+        """The inputs' second moments and magnitudes."""
+        return frozenset({"gram", "magnitudes"})
 
     def factors(
         self, pair: Pair, weights: Sequence[Floats], inputs: InputStats, scheme: Scheme
