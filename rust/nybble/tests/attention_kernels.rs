@@ -159,11 +159,12 @@ fn check_chunks_of(isa: Isa, cases: Vec<Case>) {
     let (kernel, _) = pair(&attention::kernels(), |k| k.isa(), isa);
     for case in cases {
         let together = case.run(kernel, 1, &[case.len]);
-        for threads in [1, 2, 5] {
-            for chunks in [&[7, 193][..], &[1], &[64, 1, 5, 63, 67], &[100], &[511, 2]] {
-                let what = format!("{threads} threads, chunks {chunks:?}");
-                assert_same_bits(&case.run(kernel, threads, chunks), &together, &what);
-            }
+        // All pairs would take minutes where a CPU is emulated.
+        for (threads, chunks) in
+            [(1, &[7, 193][..]), (2, &[1]), (5, &[64, 1, 5, 63, 67]), (2, &[100]), (5, &[511, 2]), (1, &[1])]
+        {
+            let what = format!("{threads} threads, chunks {chunks:?}");
+            assert_same_bits(&case.run(kernel, threads, chunks), &together, &what);
         }
     }
 }
