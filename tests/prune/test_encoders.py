@@ -20,7 +20,7 @@ from nybble.formats.ragged import structure_of
 from nybble.prune import METHODS, Cut, Lens, Plan, Subject, transformer
 from nybble.prune.flap import Fluctuation
 from nybble.runtime.images import ImageProcessor
-from vision.encoders import SIZES, save
+from vision.encoders import SIZES, reference, save
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -272,6 +272,19 @@ def test_single_weights_go_by_images(method, images, tmp_path):
     assert np.isfinite(nybble.load(folder, threads=1).encode(pixels()).tokens).all()
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2", "siglip-classifier"])
+def test_layers_can_go(name, images, tmp_path):
+    model = save(name, tmp_path / "in")
+    folder, _ = prune(tmp_path / "in", images, name="block_similarity", ratio=0.33)
+    plan = Plan.load(folder)
+    (gone,) = [i for i in range(3) if not len(plan.keep.get(f"layers.{i}.layer", [0]))]
+    stack = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    stack[gone].forward = lambda hidden, *_, **__: hidden
+    wanted, _, _ = reference(model, pixels())
+    found = nybble.load(folder, threads=1).encode(pixels()).tokens
+    assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
 def test_images_are_given_by_command(images, tmp_path, capsys):
     save("dinov2", tmp_path / "in")
     command = ["prune", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--quiet"]
@@ -323,9 +336,9 @@ def test_other_things_than_images_are_refused(images, tmp_path, tiny_folder):
     )
     picture = images / "00.png"
     attempt(ArgumentError, "language model, found a file that ends in .png", tiny_folder, picture)
-    for name in ("llm_pruner", "adapt_pruner", "gblm", "block_similarity"):
-        few = {"calibration": {"images": 8}}
-        attempt(UnsupportedError, f"{name} .* image encoders", encoder, images, prune=name, **few)
+    few = {"calibration": {"images": 8}}
+    for name in ("llm_pruner", "adapt_pruner", "gblm"):
+        attempt(UnsupportedError, f"{name} is not supported", encoder, images, prune=name, **few)
     perp = {"name": "flap", "recovery": "perp"}
     attempt(UnsupportedError, "prune.recovery is not supported for", encoder, images, prune=perp)
     rounded = {"weights": {"bits": 4, "method": "gptq"}}

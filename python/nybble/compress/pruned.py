@@ -96,11 +96,11 @@ class PrunedModel:
         self.encoder = parts["kind"] == "encoder"
         kinds = method.kinds if isinstance(method, Structured) else ()
         self.name = next(name for name, kind in METHODS.items() if kind is type(method))
-        if self.encoder and (method.gradients or "layer" in kinds):
-            found = (
-                "looks at the gradient of a loss on text" if method.gradients else "drops layers"
+        if self.encoder and method.gradients:
+            message = (
+                f"{self.name} is not supported for image encoders: it looks at the gradient of "
             )
-            message = f"{self.name} {found}: not supported for image encoders"
+            message += "a loss on text"
             raise UnsupportedError(message)
         shapes = {name: tuple(shape) for name, (_, shape) in source.tensors.items()}
         self.subject = Subject(source.config, parts, shapes, source.tensor, threads)
@@ -271,7 +271,7 @@ class PrunedModel:
         before = structure(self.graph, Plan(self.graph.digest))
         left = _left(self.graph, cut.plan)
         if self.encoder:
-            return _encoder_config(config, layers, before)
+            return _encoder_config(config, layers, [before[index] for index in left])
         if len(layers) != len(before):
             self._drop_layers(config, left)
         if kind in FAMILIES:
@@ -336,6 +336,8 @@ class PrunedModel:
 
 
 _INNER = {"opt": "ffn_dim", "gpt2": "n_inner"}
+_OF_LAYERS = ("stage_names", "out_features", "out_indices")
+"""Lists of an encoder's layers, which transformers makes anew."""
 
 
 def _encoder_config(
@@ -343,11 +345,18 @@ def _encoder_config(
 ) -> dict[str, Any]:
     """Say the layers' shapes in an encoder's configuration; its head's width is that of all heads.
 
-    What the family's own keys say stays as it was, unless they can say all: as many neurons less in
-    every layer, where their number is a key.
+    What the family's own keys say of a layer stays as it was, unless they can say all: as many
+    neurons less in every layer, where their number is a key.
     """
     sizes = config.get("vision_config")
-    sizes = dict(sizes) if isinstance(sizes, Mapping) else config
+    if isinstance(sizes, Mapping):
+        sizes = config["vision_config"] = dict(sizes)
+    else:
+        sizes = config
+    if len(layers) != sizes.get("num_hidden_layers"):
+        sizes["num_hidden_layers"] = len(layers)
+        for key in _OF_LAYERS:
+            sizes.pop(key, None)
     inner = layers[0]["intermediate_size"]
     narrower = [{**layer, "intermediate_size": inner} for layer in before]
     # SigLIP's attention behind the layers has a feed-forward block of that size, too.
@@ -355,8 +364,6 @@ def _encoder_config(
     known = known and not str(config.get("model_type")).startswith("siglip")
     if layers == narrower and known:
         sizes["intermediate_size"] = inner
-        if sizes is not config:
-            config["vision_config"] = sizes
     elif layers != before:
         config["nybble"] = {"version": 1, "structure": {"layers": layers}}
     return config
