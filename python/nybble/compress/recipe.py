@@ -9,7 +9,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     head: {bits: 8, group: 32, symmetric: true}
     folds: []
     tuning: {name: scales, tokens: 32768, context: 512, rate: 0.001}
-    calibration: {tokens: 16384, context: 1024, images: 64, seed: 0}
+    calibration: {tokens: 16384, context: 1024, seed: 0, images: 64}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
     softmax: exact
@@ -253,23 +253,23 @@ class Calibration:
         Tokens, rounded up to whole windows.
     context
         Tokens a window; at most the model's context.
-    images
-        Images, for an image encoder.
     seed
         Which windows of the text, or which images.
+    images
+        Images, for an image encoder.
     """
 
     tokens: int = 16384
     context: int = 1024
-    images: int = 64
     seed: int = 0
+    images: int = 64
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("tokens", self.tokens, 1),
             ("context", self.context, 2),
-            ("images", self.images, 1),
             ("seed", self.seed, 0),
+            ("images", self.images, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 message = (
