@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from nybble import _nybble
 from nybble.calibrate.images import draw
@@ -162,6 +163,20 @@ def test_a_walk_is_the_encoders_forward_pass(opened, name, size):
     wanted = last_states(model, walk, pixels)
     for states in (plain, staged):
         assert (torch.cat(states) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_what_encoding_does_without_may_be_missing(opened, tmp_path):
+    _, walk = opened("dinov2")
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 24, 24)).astype(np.float32)
+    (wanted,) = walk.embed(pixels)
+    tensors = load_file(tmp_path / "dinov2" / "model.safetensors")
+    del tensors["dinov2.embeddings.mask_token"]
+    save_file(tensors, tmp_path / "dinov2" / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = _nybble.Checkpoint.open(str(tmp_path / "dinov2"))
+    shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
+    walk = Walk(json.loads(checkpoint.config()), walk.plan, shapes, checkpoint.read)
+    (found,) = walk.embed(pixels)
+    assert torch.equal(found, wanted)
 
 
 def test_norms_behind_the_blocks(opened, tmp_path):

@@ -146,12 +146,24 @@ class Walk:
     def __len__(self) -> int:
         return len(self.prefixes)
 
-    def fill(self, module: Any, prefix: str, rows: npt.NDArray[np.int64] | None = None) -> None:
-        """Give a module's parameters their weights; of its first, perhaps only some rows."""
+    def fill(
+        self,
+        module: Any,
+        prefix: str,
+        rows: npt.NDArray[np.int64] | None = None,
+        *,
+        optional: bool = False,
+    ) -> None:
+        """Give a module's parameters their weights; of its first, perhaps only some rows.
+
+        What is `optional` may be missing in the file.
+        """
         for name, parameter in list(module.named_parameters()):
             full = f"{prefix}.{name}" if prefix else name
             full = self._names.get(full, full)
             if full not in self._shapes:
+                if optional:
+                    continue
                 message = f"{full}: expected a tensor of this name, found none"
                 raise ConfigError(message)
             if rows is None:
@@ -191,8 +203,9 @@ class Walk:
             self.fill(model.get_submodule(table), table, np.unique(windows))
         for name, module in list(model.named_modules()):
             outside = not name.startswith((f"{layers}.", "lm_head")) and name not in tables
-            if outside and self._is_read(name, module):
-                self.fill(module, name)
+            if outside and list(module.parameters(recurse=False)):
+                # Encoders have parts that encoding does without, as a token that hides patches.
+                self.fill(module, name, optional=self.images)
         stack = model.get_submodule(layers)
         originals = list(stack)
         hidden: list[Any] = []
@@ -217,12 +230,6 @@ class Walk:
         for table in tables:
             model.get_submodule(table).to("meta")
         return hidden
-
-    def _is_read(self, path: str, module: Any) -> bool:
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        if self.images:  # files lack what is not for encoding, as a token that hides patches
-            return any(f"{path}.{name}" in self._names for name in names)
-        return bool(names)
 
     def _record(self, windows: npt.NDArray[Any], recorders: list[Any]) -> list[torch.Tensor]:
         hidden = []
