@@ -136,10 +136,8 @@ class Walk:
 
     def _put_norms_behind(self, config: dict[str, Any]) -> None:
         for place, parts in zip(self._places, self.plan["layers"], strict=True):
-            up, down = (
-                self._model.get_submodule(self._paths[f"{parts['mlp'][end]}.weight"][:-7])
-                for end in ("up", "down")
-            )
+            ends = [self._paths[f"{parts['mlp'][end]}.weight"] for end in ("up", "down")]
+            up, down = (self._model.get_submodule(e.removesuffix(".weight")) for e in ends)
             layer = self._model.get_submodule(place)
             encoders.norms_behind(layer, up, down, config.get("hidden_act", "gelu"))
 
@@ -325,7 +323,7 @@ class Layer:
     module
         transformers' layer.
     prefix
-        Its path in the model.
+        Its path in the model, as files name it.
     parts
         Its entry in the plan's ``layers``.
     call
@@ -540,7 +538,8 @@ class Layer:
         found = {}
         for path, parameter in self._module.named_parameters():
             module, _, leaf = path.rpartition(".")
-            found[f"{names.get(module, f'{self.prefix}.{module}')}.{leaf}"] = parameter
+            name = f"{names[module]}.{leaf}" if module in names else f"{self.prefix}.{path}"
+            found[name] = parameter
         return found
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
