@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import nybble
 
@@ -20,6 +21,7 @@ def vision():
         import benches.vision.engines
         import benches.vision.models
         import benches.vision.parity
+        import benches.vision.prune
         import benches.vision.speed
         import benches.vision.tokens
 
@@ -113,6 +115,28 @@ def test_schedules_of_a_cost(vision, method, tmp_path):
     model = nybble.load(tmp_path / "folder", threads=2)
     tokens = vision.engines.schedule(model, 32, method, 0.3)
     assert 1 - model.macs(32, tokens) / model.macs(32) == pytest.approx(0.3, abs=0.04)
+
+
+def test_norms_behind_the_blocks_are_pruned(vision, tmp_path):
+    torch.save(state(), tmp_path / "model.pth")
+    vision.models.cifar10_vit(tmp_path / "model.pth", tmp_path / "folder")
+    numbers = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(numbers.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(6)
+    ]
+    images = vision.prune.save(pictures, tmp_path / "images")
+    dense = nybble.load(tmp_path / "folder", threads=2)
+    pixels = dense.preprocess(pictures)
+    lost = {}
+    for method in ("random_units", "refit"):
+        settings = {"name": method, "ratio": 0.2, "round_to": 8}
+        small, removed = vision.prune.pruned(
+            tmp_path / "folder", tmp_path / "out", images, 6, settings
+        )
+        assert removed == pytest.approx(0.2, abs=0.05)
+        tokens = small.encode(pixels).tokens
+        lost[method] = vision.parity.relative(tokens, dense.encode(pixels).tokens)
+    assert 0 < lost["refit"] < lost["random_units"]
 
 
 def test_times_are_kept(vision, tmp_path):

@@ -128,6 +128,7 @@ def test_who_needs_calibration():
     assert isinstance(agile.fold(), Trip)
     assert read("w8a8-smoothquant").fold() == SmoothQuant(0.5)
     assert agile.with_options(seed=7, calibration_tokens=9).calibration == Calibration(9, 1024, 7)
+    assert agile.with_options(calibration_images=3).calibration == Calibration(24576, images=3)
 
 
 def test_unknown_names_and_methods_list_the_near_ones(tmp_path):

@@ -6,19 +6,21 @@ shapes and no memory, until their layer's turn.
 
 First :meth:`Walk.embed` runs what stands before the layers, and notes with which further arguments
 (masks, positions) the model calls each layer. Then each :class:`Layer` is run alone. What is
-between the layers, the hidden states of all windows, is the caller's.
+between the layers, the hidden states of all windows, is the caller's. To an image encoder a window
+is an image.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nybble.calibrate import encoders
 from nybble.errors import ConfigError, UnsupportedError
 from nybble.formats.ragged import reshape, structure_of
 
@@ -98,10 +100,15 @@ class Walk:
             self.torch.set_num_threads(threads)
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        self.images = plan.get("kind") == "encoder"
         left_out = ("dtype", "torch_dtype", "nybble")
         settings = {k: v for k, v in config.items() if k not in left_out}
         with _weights_on_meta(self.torch):
-            self._model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+            if self.images:
+                self._model = encoders.tower(config)
+            else:
+                known = AutoConfig.for_model(**settings)
+                self._model = AutoModelForCausalLM.from_config(known).eval()
             if (layers := structure_of(config)) is not None:
                 reshape(self._model, layers)
         self.plan = plan
@@ -109,15 +116,52 @@ class Walk:
         self._shapes = shapes
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.prefixes = _prefixes(plan["layers"])
+        # Where an encoder has what its file names otherwise; a decoder's names are its paths.
+        self._paths = encoders.paths(self._model, shapes) if self.images else {}
+        self._names = {path: name for name, path in self._paths.items()}
+        self._places = [self._place(prefix) for prefix in self.prefixes]
+        if config.get("model_type") == encoders.POST_NORM:
+            self._put_norms_behind(config)
+
+    def _place(self, prefix: str) -> str:
+        """Return the path of a layer that the file calls `prefix`."""
+        mine = (path for name, path in self._paths.items() if name.startswith(f"{prefix}."))
+        path = next(mine, None)
+        if path is not None:
+            return _prefix(path)
+        if self.images:
+            message = f"{prefix}: this version of transformers has no such layer"
+            raise UnsupportedError(message)
+        return prefix
+
+    def _put_norms_behind(self, config: dict[str, Any]) -> None:
+        for place, parts in zip(self._places, self.plan["layers"], strict=True):
+            ends = [self._paths[f"{parts['mlp'][end]}.weight"] for end in ("up", "down")]
+            up, down = (self._model.get_submodule(e.removesuffix(".weight")) for e in ends)
+            layer = self._model.get_submodule(place)
+            encoders.norms_behind(layer, up, down, config.get("hidden_act", "gelu"))
 
     def __len__(self) -> int:
         return len(self.prefixes)
 
-    def fill(self, module: Any, prefix: str, rows: npt.NDArray[np.int64] | None = None) -> None:
-        """Give a module's parameters their weights; of its first, perhaps only some rows."""
+    def fill(
+        self,
+        module: Any,
+        prefix: str,
+        rows: npt.NDArray[np.int64] | None = None,
+        *,
+        optional: bool = False,
+    ) -> None:
+        """Give a module's parameters their weights; of its first, perhaps only some rows.
+
+        What is `optional` may be missing in the file.
+        """
         for name, parameter in list(module.named_parameters()):
             full = f"{prefix}.{name}" if prefix else name
+            full = self._names.get(full, full)
             if full not in self._shapes:
+                if optional:
+                    continue
                 message = f"{full}: expected a tensor of this name, found none"
                 raise ConfigError(message)
             if rows is None:
@@ -141,16 +185,25 @@ class Walk:
             _put(self._model, "lm_head.weight", table.weight)
         return self._model
 
-    def embed(self, windows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
-        """Return what enters the first layer: ``[1, context, hidden]`` for each window."""
+    def embed(self, windows: npt.NDArray[Any]) -> list[torch.Tensor]:
+        """Return what enters the first layer: ``[1, tokens, hidden]`` for each window.
+
+        Parameters
+        ----------
+        windows
+            Token ids ``[windows, context]``; for an image encoder prepared images
+            ``[images, channels, height, width]`` in float32.
+        """
         torch, model = self.torch, self._model
-        table = self.plan["embeddings"][0]["module"]
-        layers = self.prefixes[0].rpartition(".")[0]
-        self.fill(model.get_submodule(table), table, np.unique(windows))
+        layers = self._places[0].rpartition(".")[0]
+        tables = [table["module"] for table in self.plan["embeddings"][:1]]
+        for table in tables:
+            self.fill(model.get_submodule(table), table, np.unique(windows))
         for name, module in list(model.named_modules()):
-            outside = not name.startswith((f"{layers}.", "lm_head")) and name != table
+            outside = not name.startswith((f"{layers}.", "lm_head")) and name not in tables
             if outside and list(module.parameters(recurse=False)):
-                self.fill(module, name)
+                # Encoders have parts that encoding does without, as a token that hides patches.
+                self.fill(module, name, optional=self.images)
         stack = model.get_submodule(layers)
         originals = list(stack)
         hidden: list[Any] = []
@@ -172,14 +225,19 @@ class Walk:
         if not hidden:
             message = f"{self.plan['family']}: this version of transformers calls layers otherwise"
             raise UnsupportedError(message)
-        model.get_submodule(table).to("meta")
+        for table in tables:
+            model.get_submodule(table).to("meta")
         return hidden
 
-    def _record(self, windows: npt.NDArray[np.int64], recorders: list[Any]) -> list[torch.Tensor]:
+    def _record(self, windows: npt.NDArray[Any], recorders: list[Any]) -> list[torch.Tensor]:
         hidden = []
         for window in windows:
+            values = self.torch.from_numpy(window[None])
             try:
-                self._model(self.torch.from_numpy(window[None]), use_cache=False)
+                if self.images:
+                    encoders.run(self._model, values)
+                else:
+                    self._model(values, use_cache=False)
             except _Done:
                 pass
             except (TypeError, IndexError, AttributeError, ValueError):
@@ -193,14 +251,20 @@ class Walk:
 
     def layer(self, index: int) -> Layer:
         """Return a layer with its weights; it is the caller's to drop before the next one."""
-        prefix = self.prefixes[index]
-        module = self._model.get_submodule(prefix)
-        self.fill(module, prefix)
-        return Layer(self.torch, module, prefix, self.plan["layers"][index], self._calls[index])
+        prefix, place = self.prefixes[index], self._places[index]
+        module = self._model.get_submodule(place)
+        self.fill(module, place)
+        paths = {
+            name.rpartition(".")[0]: path.rpartition(".")[0].removeprefix(f"{place}.")
+            for name, path in self._paths.items()
+            if path.startswith(f"{place}.")
+        }
+        parts, call = self.plan["layers"][index], self._calls[index]
+        return Layer(self.torch, module, prefix, parts, call, paths)
 
     def drop(self, index: int) -> None:
         """Give a layer's memory back."""
-        self._model.get_submodule(self.prefixes[index]).to("meta")
+        self._model.get_submodule(self._places[index]).to("meta")
 
 
 def _prefixes(layers: Sequence[dict[str, Any]]) -> list[str]:
@@ -259,20 +323,29 @@ class Layer:
     module
         transformers' layer.
     prefix
-        Its path in the model.
+        Its path in the model, as files name it.
     parts
         Its entry in the plan's ``layers``.
     call
         With what, besides the hidden states, it is called.
+    paths
+        Where in it modules are that the plan names otherwise.
     """
 
     def __init__(
-        self, torch: Any, module: Any, prefix: str, parts: dict[str, Any], call: Any
+        self,
+        torch: Any,
+        module: Any,
+        prefix: str,
+        parts: dict[str, Any],
+        call: Any,
+        paths: Mapping[str, str],
     ) -> None:
         self._torch = torch
         self._module = module
         self.prefix = prefix
         self.parts = parts
+        self._paths = paths
         self._args, self._kwargs = call
         self._recordable: Any = None
         attention, mlp = parts["attention"] or {}, parts["mlp"] or {}
@@ -292,8 +365,11 @@ class Layer:
         self._mixed: dict[int, tuple[Any, Any]] = {}
         self._kept: dict[int, Any] = {}
 
-    def _part(self, path: str) -> Any:
-        return self._module.get_submodule(path.removeprefix(f"{self.prefix}."))
+    def _place(self, name: str) -> str:
+        return self._paths.get(name) or name.removeprefix(f"{self.prefix}.")
+
+    def _part(self, name: str) -> Any:
+        return self._module.get_submodule(self._place(name))
 
     def tensor(self, name: str) -> Floats | None:
         """Return a parameter as it is stored, as an array that shares its memory."""
@@ -397,7 +473,8 @@ class Layer:
 
     @property
     def _attention(self) -> Any:
-        return self._part(self.parts["attention"]["out"].rpartition(".")[0])
+        out = self._place(self.parts["attention"]["out"])
+        return self._module.get_submodule(out.rpartition(".")[0])
 
     def _mixing(self, hidden: list[torch.Tensor]) -> Iterator[tuple[int, Floats]]:
         """Run all windows up to the end of attention, with nothing for its last linear's outputs.
@@ -457,7 +534,13 @@ class Layer:
     @property
     def parameters(self) -> dict[str, Any]:
         """Its parameters, by name."""
-        return {f"{self.prefix}.{name}": p for name, p in self._module.named_parameters()}
+        names = {path: name for name, path in self._paths.items()}
+        found = {}
+        for path, parameter in self._module.named_parameters():
+            module, _, leaf = path.rpartition(".")
+            name = f"{names[module]}.{leaf}" if module in names else f"{self.prefix}.{path}"
+            found[name] = parameter
+        return found
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
         """Return what it makes of states ``[1, context, hidden]``, with gradients if on."""

@@ -96,6 +96,7 @@ def compress(
             show_default="the recipe's, 16384 without one",
         ),
     ] = None,
+    calibration_images: options.CalibrationImages = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -131,6 +132,7 @@ def compress(
         recipe=recipe,
         calibration=calibration or (),
         calibration_tokens=calibration_tokens,
+        calibration_images=calibration_images,
         seed=seed,
         overwrite=overwrite,
         threads=threads,
@@ -162,13 +164,20 @@ def report_table(report: "Report", out: Path) -> "Table":
         ("time", output.seconds(report.seconds)),
     ]
     rows += prune_rows(report)
-    if report.calibration is not None:
-        shown = report.calibration
-        rows.append(("calibration", f"{shown['tokens']} tokens, seed {shown['seed']}"))
+    rows += calibration_rows(report)
     rows += [("note", note) for note in report.notes]
     if report.left_out:
         rows.append(("left out", f"{len(report.left_out)} tensors that the model does not need"))
     return output.pairs("", rows)
+
+
+def calibration_rows(report: "Report") -> list[tuple[str, str]]:
+    """Say what was looked at, if anything was."""
+    if report.calibration is None:
+        return []
+    shown = report.calibration
+    what = f"{shown['images']} images" if "images" in shown else f"{shown['tokens']} tokens"
+    return [("calibration", f"{what}, seed {shown['seed']}")]
 
 
 def prune_rows(report: "Report") -> list[tuple[str, str]]:

@@ -77,7 +77,9 @@ def _needs(cls: type[Any], kind: str) -> list[str]:
     if kind == "activation sparsity":
         return ["calibration text"]
     if kind == "pruning":
-        return ["calibration text", "torch"] if cls().reads_text else []
+        method = cls()
+        shown = "calibration text" if method.gradients else "calibration text or images"
+        return [shown, "torch"] if method.reads_text else []
     calibrated = kind in ("fold", "tuning", "recovery") or (kind == "quantization" and cls().needs)
     return ["calibration text", "torch"] if calibrated else []
 

@@ -55,9 +55,20 @@ Calibration = Annotated[
     list[Path] | None,
     typer.Option(
         "--calibration",
-        metavar="TEXTFILE",
-        help="Text for the methods that look at some; may be given several times.",
+        metavar="TEXTFILE|IMAGES",
+        help="Text for the methods that look at some; for an image encoder images: files, a folder "
+        "or a zip archive. May be given several times.",
         show_default=False,
+    ),
+]
+CalibrationImages = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-images",
+        metavar="N",
+        min=1,
+        help="For an image encoder, how many images.",
+        show_default="the recipe's, 64 without one",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]

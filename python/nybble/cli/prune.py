@@ -87,6 +87,7 @@ def prune(
             show_default="16384",
         ),
     ] = None,
+    calibration_images: options.CalibrationImages = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", metavar="S", min=0, help="Which parts of it.", show_default="0"),
@@ -120,6 +121,7 @@ def prune(
         recipe=recipe,
         calibration=calibration or (),
         calibration_tokens=calibration_tokens,
+        calibration_images=calibration_images,
         seed=seed,
         overwrite=overwrite,
         threads=threads,
@@ -153,7 +155,7 @@ def _units(kinds: list[str] | None) -> dict[str, Any]:
 def report_table(report: "Report", out: Path) -> "Table":
     """Make the short table that ends a pruning."""
     from nybble.cli import output
-    from nybble.cli.compress import prune_rows
+    from nybble.cli.compress import calibration_rows, prune_rows
 
     before, after = output.size(report.size_before), output.size(report.size_after)
     rows = [
@@ -163,8 +165,6 @@ def report_table(report: "Report", out: Path) -> "Table":
         *prune_rows(report),
         ("time", output.seconds(report.seconds)),
     ]
-    if report.calibration is not None:
-        shown = report.calibration
-        rows.append(("calibration", f"{shown['tokens']} tokens, seed {shown['seed']}"))
+    rows += calibration_rows(report)
     rows += [("note", note) for note in report.notes]
     return output.pairs("", rows)

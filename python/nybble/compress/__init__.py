@@ -29,6 +29,7 @@ def compress(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     calibration: str | Path | Sequence[str | Path] = (),
     calibration_tokens: int | None = None,
+    calibration_images: int | None = None,
     seed: int | None = None,
     overwrite: bool = False,
     threads: int | None = None,
@@ -57,9 +58,12 @@ def compress(
         More precise wishes; see :mod:`nybble.compress.recipe`. The options above come before it.
     calibration
         Text files for methods that look at what the model does with text: plain text or JSON lines,
-        either in gzip. The model is not shown more of them than the next options say.
+        either in gzip. For an image encoder images: files, folders or zip archives of them. The
+        model is not shown more of them than the next options say.
     calibration_tokens
         How many tokens of them. Without it the recipe's; 16384 without one.
+    calibration_images
+        How many images. Without it the recipe's; 64 without one.
     seed
         Which parts of them. Without it the recipe's; 0 without one.
     overwrite
@@ -77,7 +81,8 @@ def compress(
     Raises
     ------
     ArgumentError
-        When an option is out of its range, or source and output are the same.
+        When an option is out of its range, source and output are the same, or there are fewer
+        images than asked for, or none.
     UnsupportedError
         When the recipe needs calibration and torch or transformers are not installed.
     ConfigError
@@ -91,7 +96,7 @@ def compress(
     from nybble.compress.recipe import read
 
     wanted = read(recipe).with_options(
-        weights, activations, group, symmetric, calibration_tokens, seed
+        weights, activations, group, symmetric, calibration_tokens, calibration_images, seed
     )
     texts = [calibration] if isinstance(calibration, (str, Path)) else calibration
     return pipeline.run(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
+from nybble.calibrate import images as pictures
+from nybble.calibrate.images import ImageSet
 from nybble.calibrate.text import CalibrationSet, draw
 from nybble.compress import files, plan
 from nybble.compress.calibrated import CalibratedPass
@@ -39,6 +42,7 @@ from nybble.errors import ArgumentError, ConfigError, FormatError, UnsupportedEr
 from nybble.formats.packing import pack, pack_zeros, rows_per_word, words
 from nybble.prune import Recovery
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
+from nybble.runtime.images import ImageProcessor
 from nybble.runtime.tokenizer import Tokenizer, from_folder, from_gguf
 from nybble.sparsity import SparsityMethod, observe, write
 
@@ -76,7 +80,7 @@ def run(
     recipe
         What to do.
     calibration
-        Text files, if the recipe needs some.
+        Text files, or for an image encoder images, if the recipe needs some.
     overwrite
         Replace `out` if it is a model folder already.
     threads
@@ -92,19 +96,21 @@ def run(
     parts = checkpoint.plan()
     images = parts["kind"] == "encoder"
     if images:
-        _check_encoder(recipe, calibration)
+        _check_encoder(recipe)
     elif recipe.attention.bits == 7:
         message = "recipe: attention.bits 7 is supported for image encoders alone"
         raise UnsupportedError(message)
-    _check_calibration(recipe, calibration)
+    _check_calibration(recipe, calibration, images=images)
     pruned = shown = recovery = training = None
+    looked_at: CalibrationSet | ImageSet | None = None
     if (pruner := recipe.pruner()) is not None:
-        text = None
-        if pruner.reads_text:
-            text = shown = _draw(original, recipe, calibration)
+        if pruner.reads_text and images:
+            looked_at = _draw_images(original, recipe, calibration)
+        elif pruner.reads_text:
+            looked_at = shown = _draw(original, recipe, calibration)
         if (recovery := recipe.recovery()) is not None:
             training = _recovery_text(original, recovery, recipe, calibration)
-        pruned = PrunedModel(original, pruner, text, out, threads, recovery, training)
+        pruned = PrunedModel(original, pruner, looked_at, out, threads, recovery, training)
         checkpoint = pruned.make(progress=progress)
         parts = checkpoint.plan()
     work = plan.make(parts, checkpoint.tensors, recipe, original.kind)
@@ -123,7 +129,9 @@ def run(
     if recovery is not None and training is not None:
         _note_shortage(report, "recovery", recovery.tokens, training)
     passed = None
-    if calibration and recipe.needs_calibration() != "prune.recovery":
+    if isinstance(looked_at, ImageSet):
+        report.calibration = looked_at.to_json()
+    elif calibration and recipe.needs_calibration() != "prune.recovery":
         shown = shown or _draw(original, recipe, calibration)
         _note_shortage(report, "calibration", recipe.calibration.tokens, shown)
         report.calibration = shown.to_json()
@@ -176,13 +184,22 @@ def run(
     return report
 
 
-def _check_calibration(recipe: Recipe, calibration: Sequence[Path]) -> None:
+def _check_calibration(recipe: Recipe, calibration: Sequence[Path], *, images: bool) -> None:
     needed = recipe.needs_calibration()
     if needed and not calibration:
         message = f"recipe: {needed} looks at text: give a file of it (--calibration FILE)"
+        if images:
+            message = f"recipe: {needed} looks at images: give a folder, a zip archive or files of "
+            message += "them (--calibration DIR)"
         raise ConfigError(message)
     if calibration and not needed:
-        message = "calibration: text was given, but nothing in the recipe looks at it"
+        what = "images were" if images else "text was"
+        message = f"calibration: {what} given, but nothing in the recipe looks at it"
+        raise ArgumentError(message)
+    wrong = next((path for path in calibration if pictures.is_images(path)), None)
+    if wrong is not None and not images:
+        found = "a folder" if wrong.is_dir() else f"a file that ends in {wrong.suffix}"
+        message = f"{wrong}: expected text for a language model, found {found}"
         raise ArgumentError(message)
 
 
@@ -198,7 +215,7 @@ def _context(source: Source, wanted: int) -> int:
 
 
 def _draw(source: Source, recipe: Recipe, calibration: Sequence[Path]) -> CalibrationSet:
-    """Draw the text that is looked at."""
+    """Draw the text that a language model is shown."""
     wanted = recipe.calibration
     return draw(
         calibration,
@@ -209,12 +226,34 @@ def _draw(source: Source, recipe: Recipe, calibration: Sequence[Path]) -> Calibr
     )
 
 
-def _check_encoder(recipe: Recipe, calibration: Sequence[Path]) -> None:
-    looked_at = recipe.needs_calibration()
-    if looked_at or calibration:
-        what = looked_at or "calibration"
-        message = f"{what} is not supported for image encoders: it looks at text"
-        raise UnsupportedError(message)
+def _draw_images(source: Source, recipe: Recipe, calibration: Sequence[Path]) -> ImageSet:
+    """Draw the images that an encoder is shown."""
+    wanted = recipe.calibration
+    return pictures.draw(
+        calibration,
+        ImageProcessor.from_folder(source.path),
+        images=wanted.images,
+        seed=wanted.seed,
+        patch=_patch(source.config),
+    )
+
+
+def _patch(config: Mapping[str, Any]) -> int:
+    sizes = config.get("vision_config")
+    found = (sizes if isinstance(sizes, Mapping) else config).get("patch_size", 16)
+    return math.lcm(*found) if isinstance(found, list) else int(found)
+
+
+def _check_encoder(recipe: Recipe) -> None:
+    texts = {
+        "prune.recovery": recipe.recovery() is not None,
+        recipe.needs_layers() or "weights": bool(recipe.needs_layers()),
+        "sparsity": recipe.sparsity is not None,
+    }
+    for key, asked_for in texts.items():
+        if asked_for:
+            message = f"recipe: {key} is not supported for image encoders: it looks at text"
+            raise UnsupportedError(message)
     if recipe.tokens is not None:
         message = "recipe: tokens is not supported for image encoders: it is about texts"
         raise UnsupportedError(message)

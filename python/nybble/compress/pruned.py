@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
+from nybble.calibrate.images import ImageSet
 from nybble.calibrate.text import CalibrationSet
 from nybble.compress import files
 from nybble.compress.recovered import recover, subject
@@ -61,8 +62,9 @@ class PrunedModel:
         The model.
     method
         How.
-    text
-        What it is shown; ``None`` for methods that look at weights alone.
+    shown
+        The text, or for an encoder the images, that it is shown; ``None`` for methods that look at
+        weights alone.
     out
         The final folder; the pruned model is kept beside it.
     threads
@@ -75,7 +77,7 @@ class PrunedModel:
         self,
         source: Source,
         method: PruneMethod,
-        text: CalibrationSet | None,
+        shown: CalibrationSet | ImageSet | None,
         out: Path,
         threads: int | None = None,
         recovery: Recovery | None = None,
@@ -86,21 +88,23 @@ class PrunedModel:
             raise UnsupportedError(message)
         self.source = source
         self.method = method
-        self.text = text
+        self.shown = shown
         self.threads = threads
         self.recovery = recovery
         self.recovery_text = recovery_text
         parts = source.plan()
         self.encoder = parts["kind"] == "encoder"
-        if self.encoder and method.reads_text:
-            message = f"{source.path}: this method looks at what layers read, which is measured "
-            message += "in language models alone: of an image encoder weights decide"
+        kinds = method.kinds if isinstance(method, Structured) else ()
+        self.name = next(name for name, kind in METHODS.items() if kind is type(method))
+        if self.encoder and method.gradients:
+            message = (
+                f"{self.name} is not supported for image encoders: it looks at the gradient of "
+            )
+            message += "a loss on text"
             raise UnsupportedError(message)
         shapes = {name: tuple(shape) for name, (_, shape) in source.tensors.items()}
         self.subject = Subject(source.config, parts, shapes, source.tensor, threads)
-        kinds = method.kinds if isinstance(method, Structured) else ()
         self.graph = transformer(parts, shapes, kinds)
-        self.name = next(name for name, kind in METHODS.items() if kind is type(method))
         self.folder = out.absolute().parent / f".{out.name}.pruned-{self._key()}"
         self.report: dict[str, Any] = {}
 
@@ -110,8 +114,8 @@ class PrunedModel:
             (file.name, file.stat().st_size, file.stat().st_mtime_ns)
             for file in files.weight_files(self.source.path)
         ]
-        text = None if self.text is None else self.text.digest
-        facts = [_nybble.version(), weights, self.name, repr(self.method), text]
+        shown = None if self.shown is None else self.shown.digest
+        facts = [_nybble.version(), weights, self.name, repr(self.method), shown]
         if self.recovery_text is not None:
             facts += [repr(self.recovery), self.recovery_text.digest]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -146,7 +150,7 @@ class PrunedModel:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _write(self, folder: Path, *, progress: bool) -> None:
-        windows = None if self.text is None else self.text.windows
+        windows = None if self.shown is None else self.shown.windows
         changes = Changes()
         with tqdm(
             total=len(self.graph.layers),
@@ -199,7 +203,7 @@ class PrunedModel:
     def _structured(
         self,
         method: Structured,
-        windows: npt.NDArray[np.int64] | None,
+        windows: npt.NDArray[Any] | None,
         changes: Changes,
         advance: Any,
     ) -> tuple[Plan, Iterator[tuple[str, Floats]], dict[str, int]]:
@@ -223,7 +227,7 @@ class PrunedModel:
         return plan, pass_, biases
 
     def _sparse(
-        self, method: Sparse, windows: npt.NDArray[np.int64] | None, changes: Changes, advance: Any
+        self, method: Sparse, windows: npt.NDArray[Any] | None, changes: Changes, advance: Any
     ) -> tuple[Plan, Iterator[tuple[str, Floats]], dict[str, int]]:
         fisher: Mapping[str, Floats] = {}
         if method.gradients:
@@ -235,9 +239,9 @@ class PrunedModel:
         return plan, pass_, {}
 
     def _provenance(self) -> dict[str, Any]:
-        text = None if self.text is None else self.text.to_json()
+        shown = None if self.shown is None else self.shown.to_json()
         settings = dataclasses.asdict(self.method)  # type: ignore[call-overload]
-        return {"method": self.name, "settings": settings, "calibration": text}
+        return {"method": self.name, "settings": settings, "calibration": shown}
 
     def _expressible(self, plan: Plan) -> None:
         """Refuse shapes that the family's configuration cannot say."""
@@ -267,7 +271,7 @@ class PrunedModel:
         before = structure(self.graph, Plan(self.graph.digest))
         left = _left(self.graph, cut.plan)
         if self.encoder:
-            return _encoder_config(config, layers, before)
+            return _encoder_config(config, layers, [before[index] for index in left])
         if len(layers) != len(before):
             self._drop_layers(config, left)
         if kind in FAMILIES:
@@ -332,6 +336,8 @@ class PrunedModel:
 
 
 _INNER = {"opt": "ffn_dim", "gpt2": "n_inner"}
+_OF_LAYERS = ("stage_names", "out_features", "out_indices")
+"""Lists of an encoder's layers, which transformers makes anew."""
 
 
 def _encoder_config(
@@ -339,11 +345,18 @@ def _encoder_config(
 ) -> dict[str, Any]:
     """Say the layers' shapes in an encoder's configuration; its head's width is that of all heads.
 
-    What the family's own keys say stays as it was, unless they can say all: as many neurons less in
-    every layer, where their number is a key.
+    What the family's own keys say of a layer stays as it was, unless they can say all: as many
+    neurons less in every layer, where their number is a key.
     """
     sizes = config.get("vision_config")
-    sizes = dict(sizes) if isinstance(sizes, Mapping) else config
+    if isinstance(sizes, Mapping):
+        sizes = config["vision_config"] = dict(sizes)
+    else:
+        sizes = config
+    if len(layers) != sizes.get("num_hidden_layers"):
+        sizes["num_hidden_layers"] = len(layers)
+        for key in _OF_LAYERS:
+            sizes.pop(key, None)
     inner = layers[0]["intermediate_size"]
     narrower = [{**layer, "intermediate_size": inner} for layer in before]
     # SigLIP's attention behind the layers has a feed-forward block of that size, too.
@@ -351,8 +364,6 @@ def _encoder_config(
     known = known and not str(config.get("model_type")).startswith("siglip")
     if layers == narrower and known:
         sizes["intermediate_size"] = inner
-        if sizes is not config:
-            config["vision_config"] = sizes
     elif layers != before:
         config["nybble"] = {"version": 1, "structure": {"layers": layers}}
     return config

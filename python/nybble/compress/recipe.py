@@ -9,7 +9,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     head: {bits: 8, group: 32, symmetric: true}
     folds: []
     tuning: {name: scales, tokens: 32768, context: 512, rate: 0.001}
-    calibration: {tokens: 16384, context: 1024, seed: 0}
+    calibration: {tokens: 16384, context: 1024, seed: 0, images: 64}
     ignore: ["re:.*down_proj", "model.layers.0.*"]
     floats: auto
     softmax: exact
@@ -29,8 +29,8 @@ biases) keep 32 bits if they had them.
 ``folds`` names at most one way to rescale channels before rounding
 (:data:`nybble.quant.FOLDS`), as ``method`` does, alone or as a mapping with settings. ``tuning``
 names, likewise, what is done to scales after it (:data:`nybble.quant.TUNINGS`); by default nothing.
-``calibration`` says how much text is looked at by methods that do; the text itself is given beside
-the recipe.
+``calibration`` says how much text is looked at by methods that do, or for an image encoder how many
+images; text and images themselves are given beside the recipe.
 
 ``softmax: log2`` makes attention weigh with powers of two of 4-bit exponents while running, as
 Agile-Quant (arXiv 2312.05693) does: a loss to measure, not a gain in speed here.
@@ -245,7 +245,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How much text calibrated methods look at.
+    """How much text calibrated methods look at, or how many images.
 
     Parameters
     ----------
@@ -254,18 +254,22 @@ class Calibration:
     context
         Tokens a window; at most the model's context.
     seed
-        Which windows of the text.
+        Which windows of the text, or which images.
+    images
+        Images, for an image encoder.
     """
 
     tokens: int = 16384
     context: int = 1024
     seed: int = 0
+    images: int = 64
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("tokens", self.tokens, 1),
             ("context", self.context, 2),
             ("seed", self.seed, 0),
+            ("images", self.images, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 message = (
@@ -363,7 +367,7 @@ class Recipe:
         return None if named is None else _method(RECOVERIES, named, "prune.recovery")
 
     def needs_calibration(self) -> str:
-        """Return which key needs calibration text; an empty text if none does."""
+        """Return which key needs calibration text or images; an empty text if none does."""
         if (pruner := self.pruner()) is not None and pruner.reads_text:
             return "prune"
         if self.recovery() is not None:
@@ -443,6 +447,7 @@ class Recipe:
         group: int | None = None,
         symmetric: bool | None = None,
         calibration_tokens: int | None = None,
+        calibration_images: int | None = None,
         seed: int | None = None,
     ) -> Recipe:
         """Return the recipe with what an option says in the place of what it said."""
@@ -460,6 +465,7 @@ class Recipe:
         looked = dataclasses.replace(
             looked,
             tokens=looked.tokens if calibration_tokens is None else calibration_tokens,
+            images=looked.images if calibration_images is None else calibration_images,
             seed=looked.seed if seed is None else seed,
         )
         return dataclasses.replace(self, weights=new, activations=inputs, calibration=looked)

@@ -86,7 +86,7 @@ class Report:
         Time of the whole.
     calibration
         Which text was looked at: its files' SHA-256, number of tokens, seed, and the SHA-256 of the
-        tokens; ``None`` if none was.
+        tokens; or which images, likewise with their size; ``None`` if none was.
     prune
         What was taken out before: the method with its settings, what share of the parameters it
         came to, and for each layer what is left and the relative squared error of the outputs of

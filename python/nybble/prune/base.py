@@ -20,7 +20,7 @@ from nybble.calibrate.stats import InputStats
 from nybble.errors import ArgumentError, FormatError
 from nybble.prune.allocate import Allocator, Kept, Limits, Uniform, meet
 from nybble.prune.compensate import Compensator, Nothing
-from nybble.prune.evidence import Evidence, Lens
+from nybble.prune.evidence import GRADIENTS, Evidence, Lens
 from nybble.prune.graph import Group, UnitGraph
 
 __all__ = [
@@ -68,7 +68,12 @@ class PruneMethod(ABC):
     @property
     @abstractmethod
     def reads_text(self) -> bool:
-        """Whether anything looks at activations or gradients."""
+        """Whether anything looks at activations or gradients, of text or of images."""
+
+    @property
+    @abstractmethod
+    def gradients(self) -> bool:
+        """Whether anything looks at the gradient of a loss, which is one on text."""
 
 
 class Criterion(ABC):
@@ -192,6 +197,11 @@ class Structured(PruneMethod):
     def reads_text(self) -> bool:
         """Whether anything looks at activations or gradients."""
         return bool(self.criterion.needs | self.allocator.needs | self.compensator.needs)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether anything looks at the gradient of a loss, which is one on text."""
+        return bool(GRADIENTS & (self.criterion.needs | self.allocator.needs))
 
     def select(self, groups: list[Group], depth: int) -> list[Group]:
         """Return the groups that may lose units, in a model with this many layers."""

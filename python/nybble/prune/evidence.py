@@ -1,6 +1,6 @@
 """What criteria look at: weights, and what calibration has seen of them.
 
-One collector serves all: :class:`Lens` holds the model and the text, and
+One collector serves all: :class:`Lens` holds the model and the text or the images, and
 :meth:`Lens.evidence` measures what is asked for. Activations are read layer by layer
 (:mod:`nybble.calibrate`), with one layer in memory; gradients, which need all layers, are taken on
 the whole model in float32.
@@ -25,7 +25,7 @@ from nybble.registry import unknown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NEEDS", "Evidence", "Lens", "Subject", "per_unit"]
+__all__ = ["GRADIENTS", "NEEDS", "Evidence", "Lens", "Subject", "per_unit"]
 
 NEEDS = {
     "moments": "the means and variances of the inputs of the linears that end blocks",
@@ -34,6 +34,9 @@ NEEDS = {
     "fisher": "the sum of the squared gradients of single windows",
 }
 """What a criterion may need besides the weights."""
+
+GRADIENTS = frozenset({"gradient", "fisher"})
+"""Those of them that are of a loss on text."""
 
 _ENDS = (1, 3)  # the stages of the linears that end attention and the feed-forward block
 
@@ -110,7 +113,7 @@ class Subject:
 
 
 class Lens:
-    """Looks at a model while it reads a text.
+    """Looks at a model while it reads a text, or at an image encoder while it sees images.
 
     Parameters
     ----------
@@ -119,7 +122,8 @@ class Lens:
     graph
         Its units.
     windows
-        Token ids ``[windows, context]``, or nothing for criteria that look at weights alone.
+        Token ids ``[windows, context]``, or images (:meth:`nybble.calibrate.layers.Walk.embed`), or
+        nothing for criteria that look at weights alone.
     seed
         For criteria that draw.
     """
@@ -128,7 +132,7 @@ class Lens:
         self,
         subject: Subject,
         graph: UnitGraph,
-        windows: npt.NDArray[np.int64] | None = None,
+        windows: npt.NDArray[Any] | None = None,
         seed: int = 0,
     ) -> None:
         self.subject = subject
@@ -151,7 +155,7 @@ class Lens:
         Raises
         ------
         ArgumentError
-            When a need is not known, or there is no text.
+            When a need is not known, or there is nothing to look at.
         FormatError
             When activations or gradients are not finite.
         """
@@ -162,10 +166,12 @@ class Lens:
         if not needs:
             return found
         if self.windows is None or not self.windows.size:
-            message = f"calibration: expected text, found none: {', '.join(sorted(needs))} "
+            message = (
+                f"calibration: expected text or images, found none: {', '.join(sorted(needs))} "
+            )
             message += "must be measured"
             raise ArgumentError(message)
-        if {"gradient", "fisher"} & set(needs) or keep is not None:
+        if GRADIENTS & set(needs) or keep is not None:
             self._gradients(found, needs, keep)
         if "moments" in needs or ("blocks" in needs and not found.angles.size):
             self._activations(found, needs)
@@ -224,7 +230,7 @@ class Lens:
             for index, prefix in enumerate(prefixes):
                 module = model.get_submodule(prefix)
                 hooks.append(module.register_forward_hook(_watch(torch, turns[index], prefix)))
-        backward = {"gradient", "fisher"} & set(needs)
+        backward = GRADIENTS & set(needs)
         fisher: dict[str, Any] = {}
         if "fisher" in needs:
             fisher = {name: torch.zeros_like(parameter) for name, parameter in wanted}

@@ -51,7 +51,7 @@ class Changes:
 
 def compensate(
     subject: Subject,
-    windows: npt.NDArray[np.int64],
+    windows: npt.NDArray[Any],
     graph: UnitGraph,
     plan: Plan,
     method: Structured,
@@ -65,7 +65,7 @@ def compensate(
     subject
         The model before the cut.
     windows
-        Token ids ``[windows, context]``.
+        Token ids ``[windows, context]``, or images (:meth:`nybble.calibrate.layers.Walk.embed`).
     graph, plan
         Its units, and which stay.
     method
@@ -123,7 +123,7 @@ def compensate(
 
 def sparsify(
     subject: Subject,
-    windows: npt.NDArray[np.int64] | None,
+    windows: npt.NDArray[Any] | None,
     graph: UnitGraph,
     method: Sparse,
     fisher: Mapping[str, Floats],
@@ -137,7 +137,7 @@ def sparsify(
     subject
         The model.
     windows
-        Token ids ``[windows, context]``, if the method looks at what linears read.
+        Token ids ``[windows, context]`` or images, if the method looks at what linears read.
     graph
         The model's tensors.
     method
@@ -173,7 +173,7 @@ def sparsify(
 
 
 def _layers(
-    subject: Subject, windows: npt.NDArray[np.int64] | None, method: Sparse
+    subject: Subject, windows: npt.NDArray[Any] | None, method: Sparse
 ) -> Iterator[dict[str, tuple[Floats, InputStats | None]]]:
     """Give each layer's linears with what they read; what is written into them is what runs on."""
     if windows is None or not method.needs:

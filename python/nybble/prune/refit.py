@@ -24,7 +24,7 @@ class Refit(Flap):
     Defaults: damping of 0.01, SparseGPT's. It is too little where tokens are few: on SmolLM2-135M
     with 4096 tokens of C4 and a fifth removed, perplexity on 8 windows of WikiText-2 was 40.8 with
     0.01, 37.6 with 0.1, and 37.4 with FLAP's bias. Give it more text than the wider of the linears
-    has inputs, many times over.
+    has inputs, many times over. On DINOv2-S with 64 images, 16448 tokens, 0.001 to 0.1 are alike.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from math import ceil
 from os import PathLike, fspath
 from pathlib import Path
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Picture: TypeAlias = "str | PathLike[str] | PilImage | npt.NDArray[np.uint8]"
 
-__all__ = ["FILE", "MAX_PIXELS", "ImageProcessor", "open_image"]
+__all__ = ["FILE", "MAX_PIXELS", "ImageProcessor", "decode", "open_image"]
 
 FILE = "preprocessor_config.json"
 MAX_PIXELS = 89_478_485
@@ -85,7 +86,8 @@ def open_image(image: Picture) -> PilImage:
     if isinstance(image, pillow.Image.Image):
         return _rgb(image, "image")
     if isinstance(image, (str, PathLike)):
-        return _from_file(Path(fspath(image)))
+        path = Path(fspath(image))
+        return _from_file(path, str(path))
     import numpy as np
 
     if not isinstance(image, np.ndarray):
@@ -106,49 +108,62 @@ def open_image(image: Picture) -> PilImage:
     return _rgb(pillow.Image.fromarray(np.ascontiguousarray(image)), "image")
 
 
-def _from_file(path: Path) -> PilImage:
+def decode(data: bytes, name: str) -> PilImage:
+    """Return the image in the bytes of a file, as :func:`open_image` does.
+
+    Parameters
+    ----------
+    data
+        What the file holds.
+    name
+        What messages call it.
+    """
+    return _from_file(BytesIO(data), name)
+
+
+def _from_file(file: Path | BytesIO, where: str) -> PilImage:
     pillow = _pillow()
     with warnings.catch_warnings():
         # Of sizes, which are looked at below before any pixel is decoded, and of oddities in
         # metadata, which either do no harm or end in an error.
         warnings.simplefilter("ignore")
         try:
-            opened = pillow.Image.open(path)
+            opened = pillow.Image.open(file)
         except FileNotFoundError as error:
-            raise MissingFileError(error.errno, error.strerror, str(path)) from None
+            raise MissingFileError(error.errno, error.strerror, where) from None
         except pillow.UnidentifiedImageError:
-            message = f"{path}: expected an image that Pillow reads, found something else"
+            message = f"{where}: expected an image that Pillow reads, found something else"
             raise FormatError(message) from None
         except pillow.Image.DecompressionBombError:
-            message = f"{path}: expected at most {MAX_PIXELS} pixels, found far more"
+            message = f"{where}: expected at most {MAX_PIXELS} pixels, found far more"
             raise FormatError(message) from None
         except MemoryError:
             raise
         except Exception as error:  # decoders raise many kinds of them
             if isinstance(error, OSError) and error.errno is not None:
-                raise FileError(error.errno, error.strerror, str(path)) from None
-            raise _broken(path, error) from None
+                raise FileError(error.errno, error.strerror, where) from None
+            raise _broken(where, error) from None
         with opened:
-            _check_size(opened.size, str(path))
+            _check_size(opened.size, where)
             try:
                 frames = getattr(opened, "n_frames", 1)
                 # A camera's MPO is one picture, with a second view or a preview behind it.
                 if frames == 1 or opened.format == "MPO":
                     opened.load()
-                    return _rgb(pillow.ImageOps.exif_transpose(opened), str(path))
+                    return _rgb(pillow.ImageOps.exif_transpose(opened), where)
             except (NybbleError, MemoryError):
                 raise
             except Exception as error:  # decoders raise many kinds of them
-                raise _broken(path, error) from None
+                raise _broken(where, error) from None
     message = (
-        f"{path}: expected one image, found {frames} frames or pages; "
+        f"{where}: expected one image, found {frames} frames or pages; "
         "open the one that is meant with Pillow and pass that"
     )
     raise FormatError(message)
 
 
-def _broken(path: Path, error: Exception) -> FormatError:
-    return FormatError(f"{path}: expected a whole image, found a damaged one ({error})")
+def _broken(where: str, error: Exception) -> FormatError:
+    return FormatError(f"{where}: expected a whole image, found a damaged one ({error})")
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
