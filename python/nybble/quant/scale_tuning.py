@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,7 @@ class ScaleTuning:
         gains: Sequence[str],
         windows: npt.NDArray[np.int64],
         *,
+        masks: Callable[[Any], None] | None = None,
         progress: bool = True,
     ) -> Tuned:
         """Tune a model.
@@ -125,6 +126,8 @@ class ScaleTuning:
             Names of the parameters that are tuned with them.
         windows
             Token ids ``[windows, context]``.
+        masks
+            Puts activation sparsity into `model`, whose linears are integers by then.
         progress
             Show a progress bar on stderr.
 
@@ -139,6 +142,8 @@ class ScaleTuning:
             parent = model.get_submodule(path)
             module.bias = getattr(parent, leaf).bias
             setattr(parent, leaf, module)
+        if masks is not None:
+            masks(model)
         changes = {name: module.change for name, module in modules.items()}
         shifts = {
             name: module.shift for name, module in modules.items() if module.shift is not None

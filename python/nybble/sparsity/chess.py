@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, quantile, share
+from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, allocation, quantile, share
 
 __all__ = ["Chess"]
 
@@ -37,6 +37,9 @@ class Chess(SparsityMethod):
         The share of the inputs of queries and of the output projection that is 0. The paper takes
         ``k`` here, too. 0 here, the method without attention of its tables: cut inputs cost
         accuracy, and their columns are skipped only where a measurement finds that faster.
+    allocate
+        ``uniform`` for the same sparsity in all layers, ``greedy`` for shares that differ so that
+        the predictions change least (:mod:`nybble.sparsity.allocate`).
 
     What differs here: magnitudes and not squares, as in the paper's text (its first code has
     ``sqrt(T / E[u_i^2])``); the model is calibrated as it is rounded.
@@ -68,10 +71,12 @@ class Chess(SparsityMethod):
 
     sparsity: float = 0.5
     attention: float = 0.0
+    allocate: str = "uniform"
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
         share("attention", self.attention)
+        allocation(self.allocate)
 
     def fit(self, seen: Seen) -> Thresholds:
         """Return the thresholds of a layer."""

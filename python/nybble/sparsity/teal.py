@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, quantile, share
+from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, allocation, quantile, share
 
 __all__ = ["Teal"]
 
@@ -26,6 +26,9 @@ class Teal(SparsityMethod):
     ----------
     sparsity
         The paper's ``p``: the share of each input that is 0; 0.4 to 0.5 there.
+    allocate
+        ``uniform`` for the same sparsity in all layers, ``greedy`` for shares that differ so that
+        the predictions change least (:mod:`nybble.sparsity.allocate`).
 
     What differs here: every input has the same share, the paper's uniform allocation; its greedy
     one, which gives the inputs of a block different shares, is left out. What queries, keys and
@@ -35,9 +38,11 @@ class Teal(SparsityMethod):
     """
 
     sparsity: float = 0.5
+    allocate: str = "uniform"
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
+        allocation(self.allocate)
 
     def fit(self, seen: Seen) -> Thresholds:
         """Return the thresholds of a layer."""
