@@ -6,7 +6,7 @@ A row has the medians of the speeds, and as ``ratio`` the median of the turns' r
 quarters; without rounds only perplexities::
 
     python benches/sparsity.py MODEL TEXT --csv FILE [--tokens 8192] [--threads 2] [--rounds 9]
-        [--allocate uniform|greedy] [--methods cats,chess,teal]
+        [--allocate uniform|greedy] [--methods cats,chess,teal] [--shares 0.3,0.5,0.7]
 """
 
 import argparse
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--allocate", default="uniform")
     parser.add_argument("--methods", default="cats,chess,teal")
+    parser.add_argument("--shares", default="0.3,0.5,0.7")
     given = parser.parse_args()
     model = nybble.load(given.model, given.threads, draft="off", sparsity="off")
     text = read_text(given.text)
@@ -98,7 +99,7 @@ def main() -> None:
         if not given.csv.stat().st_size:
             writer.writerow(head.split(","))
         for name in given.methods.split(","):
-            for share in (0.3, 0.5, 0.7):
+            for share in map(float, given.shares.split(",")):
                 settings = {"name": name, "sparsity": share, "allocate": given.allocate}
                 method = METHODS.make(settings, "sparsity")
                 model.sparsify("off")

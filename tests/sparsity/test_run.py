@@ -272,6 +272,44 @@ def test_times_are_kept(sparse_folder, tmp_path, monkeypatch):
         assert times.stored(file)["neurons"]["dense"] > 0
 
 
+def test_what_was_too_scattered_is_not_kept(sparse_folder, tmp_path, monkeypatch):
+    from nybble.sparsity import runtime
+    from nybble.speculate import times
+
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
+    model = nybble.load(sparse_folder, 2, sparsity="off", draft="off")
+    neurons = {"dense": 1.0, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
+    parts = {"neurons": neurons, "inputs": [None] * 5}
+
+    class Measured:
+        """Thresholds of which a probe finds what it is told to."""
+
+        def __init__(self, **found):
+            self.found = {**parts, **found}
+
+        def probe(self, model, known=None):
+            return json.dumps(self.found)
+
+        def thresholds(self):
+            return []
+
+    file = times.path(model.info, "skipping")
+    runtime.probe(model.raw, model.info, Measured(speedup=0.9, scattered=True))
+    assert [place.name for place in file.parent.iterdir()] == [file.name]
+    assert times.stored(file) == parts
+    runtime.probe(model.raw, model.info, Measured(speedup=0.9))
+    (kept,) = (times.stored(place) for place in file.parent.iterdir() if place != file)
+    assert kept == {"speedup": 0.9}
+    # Nor is it believed where it comes from elsewhere; metrics say what the new measurement was.
+    stored = nybble.load(sparse_folder, 2).raw.sparsity().thresholds()
+    model.sparsify([Thresholds(n, active=a) for n, _, a in stored], probe=False)
+    known = json.dumps({**parts, "speedup": 77.0, "scattered": True})
+    again = json.loads(model._sparsity.probe(model.raw, known))
+    assert again["speedup"] != 77
+    metrics = model.generate(ids(5), 4, ignore_end=True).metrics["sparsity"]
+    assert metrics["scattered"] == again.get("scattered", False)
+
+
 INPUT_SETS = [
     {"qkv": 0.4, "out": 0.05, "gate_up": 0.4, "down": 0.1},
     {"q": 0.6, "qkv": 0.2},

@@ -5,8 +5,17 @@ the error of the block's output. What a layer's error does to the predictions is
 a layer that errs little may be one that all others build on. Here layers share a model's sparsity,
 and the cost is that of the whole model: the divergence of its predictions from those of the dense
 one. It is looked at where the result will be, with all layers sparse: one layer at a time is made
-somewhat less and somewhat more so. With one layer sparse alone, among dense ones, costs add up to
-something else.
+somewhat less and somewhat more so.
+
+Of SmolLM2-135M's perplexity on 4096 tokens, 17.29 dense and 21.20 with CHESS at 50 % everywhere,
+this makes 20.74; most early layers end at 0.4 to 0.5, the last ones at 0.6 to 0.7.
+
+Tried and lost: one layer sparse at a time among dense ones (256 tokens, three shares), whose costs
+do not add up: +25.1 % of perplexity where equal shares cost 22.7. Straight lines between the three
+shares, by which most layers stay at the middle one: 20.98. The Fisher information of neurons, from
+a backward pass over 8192 tokens (in floats, on 2048 others, where equal shares cost 28.4 %): with
+one threshold for all layers +28.2 %; with CHESS within layers and that between them +25.5 %, for
+which torch would be needed.
 """
 
 from __future__ import annotations
