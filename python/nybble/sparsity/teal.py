@@ -30,8 +30,9 @@ class Teal(SparsityMethod):
         ``uniform`` for the same sparsity in all layers, ``greedy`` for shares that differ so that
         the predictions change least (:mod:`nybble.sparsity.allocate`).
 
-    What differs here: every input has the same share, the paper's uniform allocation; its greedy
-    one, which gives the inputs of a block different shares, is left out. What queries, keys and
+    What differs here: every input of a layer has the same share; the paper's greedy allocation,
+    which gives those of a block different ones, is left out for one among layers (``allocate``),
+    which was measured with CHESS alone. What queries, keys and
     values read is one input with one threshold, as is what gate and up read. All tokens are cut,
     those of a prompt included; the paper spares the first half of prompts. Columns of
     zeros are skipped where a measurement finds that faster, which is where most inputs are 0.
