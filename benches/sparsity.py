@@ -3,9 +3,10 @@
 Thresholds are found on one half of the text and judged on the other. Speeds are of one token at a
 time behind a short prompt; dense and sparse take turns, of which either is first every other time.
 A row has the medians of the speeds, and as ``ratio`` the median of the turns' ratios, with their
-quarters::
+quarters; without rounds only perplexities::
 
     python benches/sparsity.py MODEL TEXT --csv FILE [--tokens 8192] [--threads 2] [--rounds 9]
+        [--allocate uniform|greedy] [--methods cats,chess,teal] [--shares 0.3,0.5,0.7]
 """
 
 import argparse
@@ -22,7 +23,7 @@ import nybble
 from nybble.bench.machine import cpu_name
 from nybble.calibrate.text import draw
 from nybble.eval import perplexity, read_text
-from nybble.sparsity import METHODS, observe
+from nybble.sparsity import METHODS, find, observe
 
 _NEW = 48
 
@@ -44,6 +45,23 @@ def _turns(
     return metrics, turns[1:]  # the first warms up
 
 
+def _speeds(
+    model: nybble.LanguageModel, prompt: list[int], rounds: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the columns of what is skipped and how fast that is, and metrics; or empty ones."""
+    if not rounds:
+        return [""] * 8, {}
+    handle = model._sparsity
+    assert handle is not None
+    metrics, turns = _turns(model, prompt, rounds)
+    medians = [statistics.median(turn[key] for turn in turns) for key in (0, 1)]
+    quarters = statistics.quantiles([b / a for a, b in turns], n=4, method="inclusive")
+    low, ratio, high = (f"{quarter:.3f}" for quarter in quarters)
+    speeds = [f"{median:.1f}" for median in medians]
+    skipped = [str(handle.sparse_layers()), str(handle.sparse_linears())]
+    return [*skipped, *speeds, ratio, low, high, f"{handle.bytes() / 1e6:.1f}"], metrics
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -53,6 +71,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--allocate", default="uniform")
+    parser.add_argument("--methods", default="cats,chess,teal")
+    parser.add_argument("--shares", default="0.3,0.5,0.7")
     given = parser.parse_args()
     model = nybble.load(given.model, given.threads, draft="off", sparsity="off")
     text = read_text(given.text)
@@ -69,7 +90,7 @@ def main() -> None:
     prompt = model.tokenizer.encode(judged[:600])
     dense_surprise = surprise()
     head = (
-        "model,cpu,threads,method,sparsity,tokens,perplexity,rise_percent,inactive_neurons,"
+        "model,cpu,threads,method,allocate,sparsity,tokens,perplexity,rise_percent,inactive_neurons,"
         "sparse_layers,layers,sparse_linears,dense_tok_s,tok_s,ratio,ratio_low,"
         "ratio_high,bundle_mb,measured"
     )
@@ -77,19 +98,15 @@ def main() -> None:
         writer = csv.writer(file)
         if not given.csv.stat().st_size:
             writer.writerow(head.split(","))
-        for name in ("cats", "chess", "teal"):
-            for share in (0.3, 0.5, 0.7):
-                method = METHODS.make({"name": name, "sparsity": share}, "sparsity")
-                thresholds = [method.fit(s) for s in seen]
-                model.sparsify(thresholds)
+        for name in given.methods.split(","):
+            for share in map(float, given.shares.split(",")):
+                settings = {"name": name, "sparsity": share, "allocate": given.allocate}
+                method = METHODS.make(settings, "sparsity")
+                model.sparsify("off")
+                thresholds = find(method, model.raw, drawn.windows, seen=seen, progress=True)
+                model.sparsify(thresholds, probe=given.rounds > 0)
                 found = surprise()
-                handle = model._sparsity
-                metrics, turns = _turns(model, prompt, given.rounds)
-                assert handle is not None
-                slow, fast = (statistics.median(turn[key] for turn in turns) for key in (0, 1))
-                low, ratio, high = statistics.quantiles(
-                    [fast / slow for slow, fast in turns], n=4, method="inclusive"
-                )
+                speeds, metrics = _speeds(model, prompt, given.rounds)
                 active = float(np.mean([layer.active for layer in thresholds]))
                 inactive = metrics.get("inactive_neurons")
                 row = [
@@ -97,20 +114,15 @@ def main() -> None:
                     cpu_name(),
                     model.info["threads"],
                     name,
+                    given.allocate,
                     share,
                     given.tokens,
                     f"{found:.3f}",
                     f"{100 * (found / dense_surprise - 1):.2f}",
                     f"{1 - active if inactive is None else inactive:.3f}",
-                    handle.sparse_layers(),
+                    speeds[0],
                     model.info["layers"],
-                    handle.sparse_linears(),
-                    f"{slow:.1f}",
-                    f"{fast:.1f}",
-                    f"{ratio:.3f}",
-                    f"{low:.3f}",
-                    f"{high:.3f}",
-                    f"{handle.bytes() / 1e6:.1f}",
+                    *speeds[1:],
                     time.strftime("%Y-%m-%d"),
                 ]
                 print(*row, flush=True)

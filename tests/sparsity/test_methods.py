@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nybble.compress.recipe import read
 from nybble.errors import ArgumentError, ConfigError
 from nybble.sparsity import METHODS, Cats, Chess, Seen, Teal
+from nybble.sparsity.allocate import spread
 
 
 def seen(act, up=None, **inputs):
@@ -75,6 +76,47 @@ def test_more_sparsity_is_never_fewer_zeros(name, seed, one, two):
     assert 1 - high.active == pytest.approx(max(one, two), abs=1.5 / 480)
 
 
+def test_a_layer_that_is_free_takes_all_it_may():
+    shares, even = np.array([0.3, 0.5, 0.7]), np.ones(2)
+    free, dear = [1.0, 1.0, 1.0], [1.0, 2.0, 4.0]
+    found = spread(np.array([free, dear]), shares, even, 0.5)
+    assert found == pytest.approx([0.7, 0.3])
+    # One third of the neurons: all of it leaves half of the way for the other.
+    found = spread(np.array([free, dear]), shares, np.array([1.0, 2.0]), 0.5)
+    assert found == pytest.approx([0.7, 0.4])
+    # Equal layers whose costs rise ever faster share alike.
+    assert spread(np.array([dear, dear]), shares, even, 0.5) == pytest.approx([0.5, 0.5])
+
+
+def test_a_step_that_only_the_next_one_pays_for_is_taken_with_it():
+    # The first layer's way to 0.5 costs more than all of its way to 0.7: 1 a tenth on average,
+    # which is less than the 1.5 of the second.
+    costs = np.array([[0.0, 3.9, 4.0], [0.0, 3.0, 6.0]])
+    found = spread(costs, np.array([0.3, 0.5, 0.7]), np.ones(2), 0.5)
+    assert found == pytest.approx([0.7, 0.3])
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.3, 0.7))
+def test_shares_have_the_mean_and_no_others_of_it_cost_less(seed, mean):
+    rng = np.random.default_rng(seed)
+    shares, sizes = np.array([0.3, 0.5, 0.7]), rng.uniform(1, 4, 5)
+    steps = np.sort(rng.uniform(0, 1, (5, 2)), axis=1)  # convex costs
+    costs = np.concatenate([np.zeros((5, 1)), np.cumsum(steps, axis=1)], axis=1)
+
+    def cost(found):
+        return sum(np.interp(x, shares, row) for x, row in zip(found, costs, strict=True))
+
+    found = spread(costs, shares, sizes, mean)
+    assert found @ sizes == pytest.approx(mean * sizes.sum())
+    assert ((found >= 0.3) & (found <= 0.7 + 1e-12)).all()
+    for a, b in rng.integers(0, 5, (20, 2)):
+        other, move = found.copy(), 0.01
+        other[a] += move / sizes[a]
+        other[b] -= move / sizes[b]
+        if other.min() >= 0.3 and other.max() <= 0.7:
+            assert cost(other) >= cost(found) - 1e-9
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -87,6 +129,8 @@ def test_more_sparsity_is_never_fewer_zeros(name, seed, one, two):
         ({"name": "cats", "sparsity": True}, "found True"),
         ({"name": "chess", "attention": 1.5}, "sparsity.attention"),
         ({"name": "cats", "attention": 0.5}, "unknown key in sparsity cats"),
+        ({"name": "cats", "allocate": "greed"}, "did you mean greedy"),
+        ({"name": "teal", "allocate": ["greedy"]}, "sparsity.allocate"),
     ],
 )
 def test_what_cannot_be_meant(values, words):

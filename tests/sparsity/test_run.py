@@ -8,10 +8,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import nybble
+from nybble import _nybble
+from nybble.calibrate.text import draw
 from nybble.compress import compress
+from nybble.compress.masked import mask
 from nybble.errors import ArgumentError, FormatError, UnsupportedError
 from nybble.eval import ppl_sparsity
-from nybble.sparsity import METHODS, Thresholds, observe
+from nybble.eval.losses import compare_logits
+from nybble.sparsity import METHODS, Cats, Thresholds, find, observe
 from plain import ids
 from tiny import write_llama, write_tokenizer
 
@@ -94,6 +98,37 @@ def test_logits_are_those_of_the_masked_model(settings, tmp_path):
     assert np.array_equal(model.forward(windows[0]), dense)
 
 
+@pytest.mark.parametrize(
+    ("family", "inputs", "neurons"),
+    [
+        ("llama", {"qkv": 0.6, "out": 0.1, "gate_up": 0.6, "down": 0.1}, 0.1),
+        ("llama", {"q": 0.9, "qkv": 0.5}, None),
+        ("gemma3", {"out": 0.1}, 0.1),
+        ("opt", {"qkv": 0.6, "down": 0.05}, None),
+        ("opt", {}, 0.1),
+        ("gpt2", {"qkv": 0.6, "out": 0.01}, 0.02),
+        ("bloom", {}, 0.05),
+    ],
+)
+def test_masks_are_those_of_the_run_time(family, inputs, neurons, tmp_path):
+    reference = make_family(family)
+    reference.save_pretrained(tmp_path)
+    model = nybble.load(tmp_path, 1)
+    seen = observe(model.raw, np.random.default_rng(0).integers(0, model.vocab_size, (1, 48)))
+    limits = [
+        Thresholds(None if neurons is None else np.full(s.act.shape[1], neurons, "f4"), inputs)
+        for s in seen
+    ]
+    tokens = np.arange(40)
+    dense = model.forward(tokens)
+    model.sparsify(limits, probe=False)
+    found = model.forward(tokens)
+    assert distance(found, dense) > 1e-3
+    parts = json.loads(_nybble.Checkpoint.open(str(tmp_path)).plan())["layers"]
+    mask(torch, reference, parts, limits)
+    assert distance(found, reference_logits(reference, tokens.tolist())) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     place = tmp_path_factory.mktemp("sparse")
@@ -131,6 +166,38 @@ def test_a_folder_has_its_thresholds(sparse_folder):
     stored = model.raw.sparsity().thresholds()
     again = nybble.load(sparse_folder, 2, sparsity=[Thresholds(n, active=a) for n, _, a in stored])
     assert np.array_equal(again.forward(tokens), model.forward(tokens))
+
+
+def test_what_is_tuned_is_what_runs(source, sparse_folder, tmp_path):
+    """Thresholds are those of the model as rounded, and at work from the first step on."""
+    folder, text = source
+    recipe = {
+        "sparsity": {"name": "chess", "sparsity": 0.7},
+        "calibration": {"tokens": 512, "context": 64},
+        "tuning": {"name": "scales", "tokens": 64, "context": 64},
+    }
+    report = compress(folder, tmp_path / "tuned", recipe=recipe, calibration=text, threads=2)
+    before = load_file(sparse_folder / "sparsity.safetensors")
+    after = load_file(tmp_path / "tuned" / "sparsity.safetensors")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    scales = "model.layers.0.mlp.up_proj.weight_scale"
+    untuned, tuned = (
+        load_file(place / "model.safetensors")[scales]
+        for place in (sparse_folder, tmp_path / "tuned")
+    )
+    assert not np.array_equal(untuned, tuned)
+    # The only step sees the divergence of the sparse model from the original.
+    original = nybble.load(folder, 2)
+    window = draw([text], original.tokenizer, tokens=64, context=64, seed=1).windows[0]
+    wanted = original.forward(window)
+    divergences = [
+        compare_logits(wanted, model.forward(window), window).divergence.mean()
+        for model in (nybble.load(sparse_folder, 2), nybble.load(sparse_folder, 2, sparsity="off"))
+    ]
+    (note,) = (note for note in report.notes if note.startswith("tuning"))
+    said = float(note.partition("original ")[2].split()[0])
+    assert said == pytest.approx(divergences[0], rel=0.02, abs=1e-4)
+    assert abs(said - divergences[1]) > 2 * abs(said - divergences[0])
 
 
 @pytest.mark.parametrize("draft", ["off", "recycle,ngram"])
@@ -203,6 +270,44 @@ def test_times_are_kept(sparse_folder, tmp_path, monkeypatch):
         file.write_text(damaged)
         nybble.load(sparse_folder, 2)
         assert times.stored(file)["neurons"]["dense"] > 0
+
+
+def test_what_was_too_scattered_is_not_kept(sparse_folder, tmp_path, monkeypatch):
+    from nybble.sparsity import runtime
+    from nybble.speculate import times
+
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
+    model = nybble.load(sparse_folder, 2, sparsity="off", draft="off")
+    neurons = {"dense": 1.0, "sparse": [[0.1, 0.01], [0.7, 0.02]]}
+    parts = {"neurons": neurons, "inputs": [None] * 5}
+
+    class Measured:
+        """Thresholds of which a probe finds what it is told to."""
+
+        def __init__(self, **found):
+            self.found = {**parts, **found}
+
+        def probe(self, model, known=None):
+            return json.dumps(self.found)
+
+        def thresholds(self):
+            return []
+
+    file = times.path(model.info, "skipping")
+    runtime.probe(model.raw, model.info, Measured(speedup=0.9, scattered=True))
+    assert [place.name for place in file.parent.iterdir()] == [file.name]
+    assert times.stored(file) == parts
+    runtime.probe(model.raw, model.info, Measured(speedup=0.9))
+    (kept,) = (times.stored(place) for place in file.parent.iterdir() if place != file)
+    assert kept == {"speedup": 0.9}
+    # Nor is it believed where it comes from elsewhere; metrics say what the new measurement was.
+    stored = nybble.load(sparse_folder, 2).raw.sparsity().thresholds()
+    model.sparsify([Thresholds(n, active=a) for n, _, a in stored], probe=False)
+    known = json.dumps({**parts, "speedup": 77.0, "scattered": True})
+    again = json.loads(model._sparsity.probe(model.raw, known))
+    assert again["speedup"] != 77
+    metrics = model.generate(ids(5), 4, ignore_end=True).metrics["sparsity"]
+    assert metrics["scattered"] == again.get("scattered", False)
 
 
 INPUT_SETS = [
@@ -294,6 +399,37 @@ def test_what_a_family_cannot_cut_is_refused(tmp_path):
     dense = model.forward(windows[0])
     model.sparsify(thresholds)
     assert np.abs(model.forward(windows[0]) - dense).max() > 0
+
+
+@pytest.mark.parametrize("name", ["cats", "chess", "teal"])
+def test_a_layer_without_effect_is_cut_first(source, tmp_path, name):
+    """One layer's feed-forward block adds nothing: it takes all that it may, for every method."""
+    folder = tmp_path / "idle"
+    shutil.copytree(source[0], folder)
+    arrays = load_file(folder / "model.safetensors")
+    for part in ("mlp.down_proj", "self_attn.o_proj"):
+        arrays[f"model.layers.1.{part}.weight"][...] = 0
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    model = nybble.load(folder, 2)
+    windows = np.random.default_rng(0).integers(3, 290, (4, 64))
+    settings = {"name": name, "sparsity": 0.5}
+    even = find(METHODS.make(settings, "sparsity"), model.raw, windows)
+    greedy = find(METHODS.make({**settings, "allocate": "greedy"}, "sparsity"), model.raw, windows)
+    seen = observe(model.raw, windows)
+    for share, layer, limits in zip((0.3, 0.7), seen, greedy, strict=True):
+        expected = METHODS.make({"name": name, "sparsity": share}, "sparsity").fit(layer)
+        assert limits.inputs == pytest.approx(expected.inputs, rel=1e-2)
+        assert limits.active == pytest.approx(expected.active, abs=1e-3)
+    tokens = windows[0]
+    dense = model.forward(tokens)
+    errors = []
+    for thresholds in (even, greedy):
+        model.sparsify(thresholds, probe=False)
+        errors.append(float(np.abs(model.forward(tokens) - dense).mean()))
+    assert errors[1] < errors[0]
+    # Nothing to spread.
+    none = find(Cats(0.0, "greedy"), model.raw, windows)
+    assert all(not layer.neurons.any() for layer in none)
 
 
 def test_the_search_stays_within_the_price(source, tmp_path):

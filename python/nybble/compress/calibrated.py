@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from nybble import _nybble
 from nybble.calibrate.layers import Layer, Walk
 from nybble.calibrate.stats import InputStats
 from nybble.calibrate.text import CalibrationSet
+from nybble.compress.masked import mask
 from nybble.compress.plan import Item, Plan
 from nybble.compress.recipe import Recipe
 from nybble.compress.source import Source
@@ -38,6 +39,7 @@ from nybble.quant.fold import pairs, rescale
 from nybble.quant.scale_tuning import ScaleTuning
 from nybble.quant.static import static_scale
 from nybble.quant.trainable import Linear
+from nybble.sparsity import Thresholds
 
 if TYPE_CHECKING:
     import torch
@@ -175,8 +177,6 @@ class CalibratedPass:
             self.notes.update(facts["notes"])
             self._matrices.update(dict.fromkeys(facts["matrices"], self._file(index)))
             self._floats.update(dict.fromkeys(facts["floats"], self._file(index)))
-        if self._tuner is not None:
-            self._tune(self._tuner, progress=progress)
 
     def _layer(
         self,
@@ -326,28 +326,48 @@ class CalibratedPass:
             "output_error": output,
         }
 
-    def _tune(self, tuner: ScaleTuning, *, progress: bool) -> None:
-        """Tune scales, zero points and gains, or read what an earlier run has found."""
+    def tune(
+        self, thresholds: Sequence[Thresholds] | None = None, *, progress: bool = True
+    ) -> None:
+        """Tune scales, zero points and gains, or read what an earlier run has found.
+
+        Parameters
+        ----------
+        thresholds
+            What the layers, as they are rounded, will take for zero.
+        progress
+            Show a progress bar on stderr.
+        """
+        tuner = self._tuner
+        if tuner is None:
+            return
         assert self.tuning_text is not None  # drawn for every recipe with a tuning
+        # Thresholds follow from the recipe and the text, which the folder is named after.
         facts = json.dumps([repr(tuner), self.tuning_text.digest])
         file = self.folder / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
         try:
             with np.load(file) as stored:
                 self._tuned = dict(stored)
         except (OSError, ValueError, zipfile.BadZipFile):
-            self._save(file, self._fit(tuner, self.tuning_text, progress=progress))
+            found = self._fit(tuner, self.tuning_text, thresholds, progress=progress)
+            self._save(file, found)
             with np.load(file) as stored:
                 self._tuned = dict(stored)
-        found = self._tuned["divergences"]
-        quarter = max(1, len(found) // 4)
-        before, after = found[:quarter].mean(), found[-quarter:].mean()
+        steps = self._tuned["divergences"]
+        quarter = max(1, len(steps) // 4)
+        before, after = steps[:quarter].mean(), steps[-quarter:].mean()
         self.notes.add(
-            f"tuning: {len(found)} steps; divergence from the original {before:.4f} nats a token "
+            f"tuning: {len(steps)} steps; divergence from the original {before:.4f} nats a token "
             f"in the first quarter, {after:.4f} in the last; errors are those before it"
         )
 
     def _fit(
-        self, tuner: ScaleTuning, text: CalibrationSet, *, progress: bool
+        self,
+        tuner: ScaleTuning,
+        text: CalibrationSet,
+        thresholds: Sequence[Thresholds] | None,
+        *,
+        progress: bool,
     ) -> dict[str, npt.NDArray[Any]]:
         shapes = {name: shape for name, (_, shape) in self.source.tensors.items()}
 
@@ -371,8 +391,14 @@ class CalibratedPass:
             for name, parameter in model.named_parameters()
             if parameter.dim() == 1 and name.endswith(".weight")
         ]
+        torch = walks[0].torch
+
+        def masks(model: Any) -> None:
+            if thresholds is not None:
+                mask(torch, model, self._parts["layers"], thresholds)
+
         found = tuner.fit(
-            walks[0].torch, original, model, linears, gains, text.windows, progress=progress
+            torch, original, model, linears, gains, text.windows, masks=masks, progress=progress
         )
         arrays = {f"{name}.scales": scales for name, scales in found.scales.items()}
         arrays |= {f"{name}.zeros": zeros for name, zeros in found.zeros.items()}

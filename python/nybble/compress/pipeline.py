@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,7 +45,7 @@ from nybble.prune import Recovery
 from nybble.quant.base import Floats, IntWeights, Quantizer, Scheme
 from nybble.runtime.images import ImageProcessor
 from nybble.runtime.tokenizer import Tokenizer, from_folder, from_gguf
-from nybble.sparsity import SparsityMethod, observe, write
+from nybble.sparsity import SparsityMethod, Thresholds, find, write
 
 __all__ = ["SECTION_VERSION", "SHARD", "run"]
 
@@ -145,8 +146,20 @@ def run(
         _hashes(weight_files) as hashes,
     ):
         folder = Path(staged.path)
+        method, thresholds = recipe.sparsifier(), None
+        quantizer = recipe.weights.quantizer()
+        config = _config(checkpoint.config, work, recipe.run_settings(images=images))
+        dense = {**config, "nybble": {**config["nybble"], "run": {}}}
         if passed is not None:
             passed.run(progress=progress)
+            if shown is not None and method is not None and recipe.tuner() is not None:
+                # What will run is what is tuned: thresholds come before, from the model as rounded.
+                with tempfile.TemporaryDirectory(dir=passed.folder) as place:
+                    writing = _Writing(checkpoint, quantizer, threads, lambda _: None, passed)
+                    _write_weights(writing, work, Path(place), shard, [])
+                    files.write_text(Path(place) / "config.json", json.dumps(dense))
+                    thresholds = _thresholds(Path(place), method, shown, threads, progress)
+            passed.tune(thresholds, progress=progress)
             report.notes = sorted({*report.notes, *passed.notes})
         with tqdm(
             total=report.parameters,
@@ -156,7 +169,6 @@ def run(
             disable=not progress,
             dynamic_ncols=True,
         ) as bar:
-            quantizer = recipe.weights.quantizer()
             writing = _Writing(checkpoint, quantizer, threads, bar.update, passed)
             _write_weights(writing, work, folder, shard, report.tensors)
         if original.kind == "gguf":
@@ -166,11 +178,12 @@ def run(
             files.copy_companions(source, folder)
         files.write_text(folder / "recipe.yaml", recipe.to_yaml())
         report.source_files = {name: future.result() for name, future in hashes.items()}
-        config = _config(checkpoint.config, work, recipe.run_settings(images=images))
-        if shown is not None and (method := recipe.sparsifier()) is not None:
-            dense = {**config, "nybble": {**config["nybble"], "run": {}}}
-            files.write_text(folder / "config.json", json.dumps(dense, indent=2) + "\n")
-            report.notes.append(_sparsify(folder, method, shown, threads))
+        if shown is not None and method is not None:
+            if thresholds is None:
+                files.write_text(folder / "config.json", json.dumps(dense, indent=2) + "\n")
+                thresholds = _thresholds(folder, method, shown, threads, progress)
+            write(folder, thresholds)
+            report.notes.append(_sparse_note(thresholds))
         report.seconds = time.perf_counter() - began
         files.write_text(folder / "report.json", report.to_text())
         files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -291,14 +304,21 @@ def _recovery_text(
     )
 
 
-def _sparsify(
-    folder: Path, method: SparsityMethod, text: CalibrationSet, threads: int | None
-) -> str:
-    """Find thresholds for the weights just written, and write them beside; return a remark."""
+def _thresholds(
+    folder: Path,
+    method: SparsityMethod,
+    text: CalibrationSet,
+    threads: int | None,
+    progress: bool,
+) -> list[Thresholds]:
+    """Find thresholds for weights that are written."""
     model = _nybble.Model.open(str(folder), threads)
-    thresholds = [method.fit(seen) for seen in observe(model, text.windows)]
-    write(folder, thresholds)
-    skipped = 1 - float(np.mean([layer.active for layer in thresholds]))
+    return find(method, model, text.windows, progress=progress)
+
+
+def _sparse_note(thresholds: Sequence[Thresholds]) -> str:
+    sizes = [1 if layer.neurons is None else len(layer.neurons) for layer in thresholds]
+    skipped = 1 - float(np.average([layer.active for layer in thresholds], weights=sizes))
     return f"sparsity: {100 * skipped:.1f} % of the neurons are 0 on the calibration text"
 
 

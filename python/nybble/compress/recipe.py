@@ -15,7 +15,7 @@ A recipe is a YAML file, a name of a shipped one, or a mapping with the same key
     softmax: exact
     attention: {bits: auto}
     tokens: {name: agile_quant, beta: 0.2}
-    sparsity: {name: chess, sparsity: 0.5}
+    sparsity: {name: chess, sparsity: 0.5, allocate: greedy}
 
 Every key may be left out. Options given beside a recipe take the place of what it says. A key that
 is not known is an error that lists the nearest ones: nothing in a recipe is ever skipped over.
@@ -45,7 +45,9 @@ have 7, else floats. The crate's ``kernels/attention/codes.rs`` says what is rou
 
 ``sparsity`` names a method in :data:`nybble.sparsity.METHODS`, with its settings: which values
 count as 0 when the model runs. Thresholds are found on the calibration text, with the weights as
-they are written, and stored beside them.
+they are written, and stored beside them. ``allocate: greedy`` lets layers differ so that the
+predictions change least. With a ``tuning`` thresholds are found before it, and it trains with what
+they leave.
 
 ``prune`` names a method in :data:`nybble.prune.METHODS`, with its settings: what is taken out
 before anything else is looked at. What is left is calibrated and quantized like a model of its own;

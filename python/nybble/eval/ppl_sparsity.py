@@ -103,7 +103,7 @@ def ppl_sparsity(
     ArgumentError
         If ``percent`` is no positive number, or ``steps`` is not at least 1.
     """
-    from nybble.sparsity import METHODS, Chess, observe
+    from nybble.sparsity import METHODS, Chess, find, observe
 
     if not (isinstance(percent, int | float) and math.isfinite(percent) and percent > 0):
         msg = f"percent: expected a positive number, found {percent!r}"
@@ -142,7 +142,7 @@ def ppl_sparsity(
         for _ in range(steps):
             middle = (low + high) / 2
             fitted = dataclasses.replace(method, sparsity=middle)  # type: ignore[type-var]
-            model.sparsify([fitted.fit(layer) for layer in seen], probe=False)
+            model.sparsify(find(fitted, model.raw, windows, seen=seen), probe=False)
             value = surprise(middle)
             if value <= limit:
                 low, best = middle, value

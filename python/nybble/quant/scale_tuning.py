@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ class ScaleTuning:
     it takes 22 and 12 % off the first two layers' squared error on other text; scales alone 5 and 2
     %.
 
+    With activation sparsity (`masks`) what is left of the values makes up for what is not: of
+    SmolLM2-135M's perplexity on 4096 tokens, 17.29 dense and 21.20 with half of its neurons skipped
+    (CHESS), 24 steps leave 19.54. Without the masks there is little to train: the divergence is
+    0.005 nats in the place of 0.17.
+
     What differs: relative changes ``t`` and ``u`` in the place of the scales themselves, so that
     one rate does for all; a thousandth of the paper's tokens. The whole model is in memory twice in
     float32, and the last bits of the result depend on the number of threads.
@@ -112,6 +117,7 @@ class ScaleTuning:
         gains: Sequence[str],
         windows: npt.NDArray[np.int64],
         *,
+        masks: Callable[[Any], None] | None = None,
         progress: bool = True,
     ) -> Tuned:
         """Tune a model.
@@ -128,6 +134,8 @@ class ScaleTuning:
             Names of the parameters that are tuned with them.
         windows
             Token ids ``[windows, context]``.
+        masks
+            Puts activation sparsity into `model`, whose linears are integers by then.
         progress
             Show a progress bar on stderr.
 
@@ -142,6 +150,8 @@ class ScaleTuning:
             parent = model.get_submodule(path)
             module.bias = getattr(parent, leaf).bias
             setattr(parent, leaf, module)
+        if masks is not None:
+            masks(model)
         changes = {name: module.change for name, module in modules.items()}
         shifts = {
             name: module.shift for name, module in modules.items() if module.shift is not None

@@ -1,9 +1,9 @@
 """Neurons that do next to nothing are skipped: one file a paper, one line here for each.
 
-A method finds thresholds on calibration text (:meth:`SparsityMethod.fit`); values at or below them
-count as 0, in prompts as in new tokens. A recipe's ``sparsity`` names one, and the thresholds are
-stored beside the weights. For an open model :func:`observe` gives what ``fit`` takes; what it
-finds can be tried with ``nybble.load(path, sparsity=...)``.
+A method finds a layer's thresholds on calibration text (:meth:`SparsityMethod.fit`); values at or
+below them count as 0, in prompts as in new tokens. A recipe's ``sparsity`` names one, and the
+thresholds are stored beside the weights. For an open model :func:`find` gives those of all layers,
+from what :func:`observe` sees; they can be tried with ``nybble.load(path, sparsity=...)``.
 
 Which values are zero is part of the model. Where skipping them saves time is measured on the
 machine, once for a model and kept; elsewhere they are multiplied like any others, with the same
@@ -13,6 +13,7 @@ result in all bits.
 from __future__ import annotations
 
 from nybble.registry import Registry
+from nybble.sparsity.allocate import find
 from nybble.sparsity.base import (
     Seen,
     SparsityMethod,
@@ -32,6 +33,7 @@ __all__ = [
     "SparsityMethod",
     "Teal",
     "Thresholds",
+    "find",
     "observe",
     "write",
 ]

@@ -23,7 +23,16 @@ from nybble.registry import unknown
 if TYPE_CHECKING:
     from nybble import _nybble
 
-__all__ = ["INPUTS", "Seen", "SparsityMethod", "Thresholds", "observe", "share", "write"]
+__all__ = [
+    "INPUTS",
+    "Seen",
+    "SparsityMethod",
+    "Thresholds",
+    "allocation",
+    "observe",
+    "share",
+    "write",
+]
 
 INPUTS = ("q", "qkv", "out", "gate_up", "down")
 """The inputs that may have a threshold: of queries alone, of queries, keys and values, of the
@@ -98,6 +107,7 @@ class SparsityMethod(ABC):
     """A paper's way to find thresholds. Subclasses are frozen dataclasses of its settings."""
 
     sparsity: float
+    allocate: str
 
     @abstractmethod
     def fit(self, seen: Seen) -> Thresholds:
@@ -183,6 +193,19 @@ def share(name: str, value: object) -> None:
             f"sparsity.{name}: expected a share of at least 0 and below 1, found {value!r:.60}"
         )
         raise ArgumentError(message)
+
+
+def allocation(value: object) -> None:
+    """Refuse what names no way to spread a model's sparsity over its layers.
+
+    Raises
+    ------
+    ArgumentError
+        When it is neither ``uniform`` nor ``greedy``.
+    """
+    known = ("uniform", "greedy")
+    if value not in known:
+        raise ArgumentError("sparsity.allocate: " + unknown("allocation", value, known))
 
 
 def write(folder: Path, thresholds: Sequence[Thresholds]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, quantile, share
+from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, allocation, quantile, share
 
 __all__ = ["Cats"]
 
@@ -27,6 +27,9 @@ class Cats(SparsityMethod):
     ----------
     sparsity
         The paper's ``k``: the share of neurons that is skipped. It reports 0.5, 0.7 and 0.9.
+    allocate
+        ``uniform`` for the same sparsity in all layers, ``greedy`` for shares that differ so that
+        the predictions change least (:mod:`nybble.sparsity.allocate`).
 
     What differs here: percentiles are exact ones of a sample of tokens, not of a histogram of some
     2000 bins; the model is calibrated as it is rounded; models without a gate are taken by the
@@ -34,9 +37,11 @@ class Cats(SparsityMethod):
     """
 
     sparsity: float = 0.5
+    allocate: str = "uniform"
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
+        allocation(self.allocate)
 
     def fit(self, seen: Seen) -> Thresholds:
         """Return the thresholds of a layer."""

@@ -1,7 +1,7 @@
 """Where skipping saves time: measured once for a model's shape on a machine, and kept.
 
 Times of parts serve all thresholds; what all that pays makes of whole tokens belongs to those it
-was measured with, and is kept in a file of its own.
+was measured with, and is kept in a file of its own, unless it was too scattered to tell anything.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def probe(model: _nybble.Model, info: Mapping[str, Any], sparsity: _nybble.Spars
         return
     now = json.loads(found)
     told = {"speedup": now.pop("speedup")}
-    for place, before, after in ((file, known, _with(known, now)), (whole, tokens, told)):
+    # What a busy machine could not tell is asked again another time.
+    kept = tokens if now.pop("scattered", False) else told
+    for place, before, after in ((file, known, _with(known, now)), (whole, tokens, kept)):
         if after != before:
             times.store(place, after)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, quantile, share
+from nybble.sparsity.base import Seen, SparsityMethod, Thresholds, allocation, quantile, share
 
 __all__ = ["Teal"]
 
@@ -26,18 +26,24 @@ class Teal(SparsityMethod):
     ----------
     sparsity
         The paper's ``p``: the share of each input that is 0; 0.4 to 0.5 there.
+    allocate
+        ``uniform`` for the same sparsity in all layers, ``greedy`` for shares that differ so that
+        the predictions change least (:mod:`nybble.sparsity.allocate`).
 
-    What differs here: every input has the same share, the paper's uniform allocation; its greedy
-    one, which gives the inputs of a block different shares, is left out. What queries, keys and
+    What differs here: every input of a layer has the same share; the paper's greedy allocation,
+    which gives those of a block different ones, is left out for one among layers (``allocate``),
+    which was measured with CHESS alone. What queries, keys and
     values read is one input with one threshold, as is what gate and up read. All tokens are cut,
     those of a prompt included; the paper spares the first half of prompts. Columns of
     zeros are skipped where a measurement finds that faster, which is where most inputs are 0.
     """
 
     sparsity: float = 0.5
+    allocate: str = "uniform"
 
     def __post_init__(self) -> None:
         share("sparsity", self.sparsity)
+        allocation(self.allocate)
 
     def fit(self, seen: Seen) -> Thresholds:
         """Return the thresholds of a layer."""

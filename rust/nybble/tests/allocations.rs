@@ -99,6 +99,7 @@ fn generated_tokens_allocate_nothing() {
                     neurons: Some(times.clone()),
                     inputs: std::array::from_fn(|_| Some(times.clone())),
                     speedup: Some(2.0),
+                    ..Measured::default()
                 };
                 let found = model.probe_sparsity(&sparsity, Some(measured)).expect("no error");
                 assert_eq!(found.is_some(), name == "quantized");

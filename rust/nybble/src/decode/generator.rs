@@ -206,6 +206,7 @@ impl Generation {
         let inactive = neurons - (now.active - before.active);
         self.metrics.sparsity = Some(SparsityMetrics {
             measured_speedup: sparsity.speedup(),
+            scattered: sparsity.scattered(),
             sparse_layers: sparsity.sparse_layers(),
             sparse_blocks: now.sparse - before.sparse,
             dense_blocks: now.dense - before.dense,

@@ -36,6 +36,8 @@ pub struct SparsityMetrics {
     /// How many times as fast at least three of four whole tokens were with all that pays part by part, measured when the model
     /// was opened or earlier: below 1.02 nothing is skipped. None where nothing pays.
     pub measured_speedup: Option<f64>,
+    /// Whether its turns were too scattered to tell, as beside other work: it is measured anew when the model is opened again.
+    pub scattered: bool,
     /// Layers in which skipping neurons pays, by times measured on this machine.
     pub sparse_layers: usize,
     /// Feed-forward blocks in which neurons were skipped.

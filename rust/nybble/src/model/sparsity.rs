@@ -181,6 +181,10 @@ pub struct Measured {
     /// Unlike the times it belongs to these thresholds.
     #[serde(default)]
     pub speedup: Option<f64>,
+    /// Whether the turns that the speed-up is from were too scattered to tell whether it is enough: another time it may be
+    /// other.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub scattered: bool,
 }
 
 /// Dense kernels must take this much longer.
@@ -279,6 +283,11 @@ impl Sparsity {
         self.measured()?.speedup
     }
 
+    /// Whether the turns that the speed-up is from were too scattered to tell whether it is enough.
+    pub fn scattered(&self) -> bool {
+        self.measured().is_some_and(|measured| measured.scattered)
+    }
+
     /// Layers in which some neurons are skipped when few enough are active.
     pub fn sparse_layers(&self) -> usize {
         self.plan.get().map_or(0, |plan| plan.layers.iter().flatten().count())
@@ -332,20 +341,21 @@ impl Sparsity {
     /// The plan, or one that skips nothing where whole tokens are not faster with it.
     fn check(&self, model: &Model, mut plan: Plan) -> Result<Plan> {
         if !plan.skips() {
-            plan.measured.speedup = None;
+            (plan.measured.speedup, plan.measured.scattered) = (None, false);
             return Ok(plan);
         }
-        let known = plan.measured.speedup.filter(|speedup| speedup.is_finite() && *speedup > 0.0);
-        let speedup = if let Some(speedup) = known {
-            speedup
+        let good = |speedup: &f64| !plan.measured.scattered && speedup.is_finite() && *speedup > 0.0;
+        let known = plan.measured.speedup.filter(good);
+        let (speedup, scattered) = if let Some(speedup) = known {
+            (speedup, false)
         } else {
             let with = |plan| Arc::new(Self { layers: self.layers.clone(), plan });
             let chosen = with(OnceLock::from(plan));
-            let speedup = tokens::speedup(model, with(OnceLock::new()), Arc::clone(&chosen))?;
+            let ratios = tokens::ratios(model, with(OnceLock::new()), Arc::clone(&chosen))?;
             plan = Arc::into_inner(chosen).and_then(|chosen| chosen.plan.into_inner()).unwrap_or_default();
-            speedup
+            tokens::judge(ratios, WORTHWHILE_TOKENS)
         };
-        plan.measured.speedup = Some(speedup);
+        (plan.measured.speedup, plan.measured.scattered) = (Some(speedup), scattered);
         if speedup < WORTHWHILE_TOKENS {
             plan = Plan { measured: plan.measured, ..Plan::default() };
         }
@@ -396,10 +406,10 @@ fn times(
     if !all {
         return probe::measure(run, weights, layers).map(Some);
     }
-    let Measured { neurons: of_neurons, inputs: of_inputs, speedup } = known;
+    let Measured { neurons: of_neurons, inputs: of_inputs, .. } = known;
     let mut wanted = inputs.into_iter();
     let of_inputs = of_inputs.map(|times| times.filter(|_| wanted.next() == Some(true)));
-    Ok(Some(Measured { neurons: of_neurons.filter(|_| neurons), inputs: of_inputs, speedup }))
+    Ok(Some(Measured { neurons: of_neurons.filter(|_| neurons), inputs: of_inputs, ..known }))
 }
 
 /// What was skipped.

@@ -116,7 +116,8 @@ pub(super) fn measure(run: Run<'_>, weights: &Weights, layers: &[Candidates]) ->
         let sparse = || SHARES.into_iter().zip((1..).map(mean)).collect();
         (count > 0).then(|| Times { dense: mean(0), sparse: sparse() })
     };
-    Ok(Measured { neurons: times(NEURONS), inputs: std::array::from_fn(times), speedup: None })
+    let (neurons, inputs) = (times(NEURONS), std::array::from_fn(times));
+    Ok(Measured { neurons, inputs, ..Measured::default() })
 }
 
 /// A token without attention's products, norms and sums: all weights are read, in order.
