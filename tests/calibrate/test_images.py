@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from nybble import _nybble
 from nybble.calibrate.images import draw
-from nybble.calibrate.layers import Walk
 from nybble.errors import ArgumentError, FormatError, MissingFileError, UnsupportedError
 from nybble.runtime.images import ImageProcessor
 from vision.encoders import ENCODERS, save
+from walks import walk_of
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -113,10 +113,7 @@ def opened(tmp_path):
 
     def open_encoder(name):
         model = save(name, tmp_path / name)
-        checkpoint = _nybble.Checkpoint.open(str(tmp_path / name))
-        shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
-        config, plan = json.loads(checkpoint.config()), json.loads(checkpoint.plan())
-        return model, Walk(config, plan, shapes, checkpoint.read)
+        return model, walk_of(tmp_path / name)
 
     return open_encoder
 
@@ -172,10 +169,7 @@ def test_what_encoding_does_without_may_be_missing(opened, tmp_path):
     tensors = load_file(tmp_path / "dinov2" / "model.safetensors")
     del tensors["dinov2.embeddings.mask_token"]
     save_file(tensors, tmp_path / "dinov2" / "model.safetensors", metadata={"format": "pt"})
-    checkpoint = _nybble.Checkpoint.open(str(tmp_path / "dinov2"))
-    shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
-    walk = Walk(json.loads(checkpoint.config()), walk.plan, shapes, checkpoint.read)
-    (found,) = walk.embed(pixels)
+    (found,) = walk_of(tmp_path / "dinov2").embed(pixels)
     assert torch.equal(found, wanted)
 
 
@@ -185,10 +179,7 @@ def test_norms_behind_the_blocks(opened, tmp_path):
     file = tmp_path / "vit-bare" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "model_type": "vit_post_norm"}))
-    checkpoint = _nybble.Checkpoint.open(str(tmp_path / "vit-bare"))
-    shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
-    plan = json.loads(checkpoint.plan())
-    walk = Walk(json.loads(checkpoint.config()), plan, shapes, checkpoint.read)
+    walk = walk_of(tmp_path / "vit-bare")
     pixels = np.random.default_rng(0).standard_normal((2, 3, 24, 24)).astype(np.float32)
     hidden = walk.embed(pixels)
     first = torch.cat(hidden)
@@ -200,7 +191,8 @@ def test_norms_behind_the_blocks(opened, tmp_path):
     def stored(name, leaf="weight"):
         return torch.from_numpy(checkpoint.read(f"{name}.{leaf}").reshape(-1))
 
-    attention, mlp = plan["layers"][0]["attention"], plan["layers"][0]["mlp"]
+    checkpoint = _nybble.Checkpoint.open(str(tmp_path / "vit-bare"))
+    attention, mlp = walk.plan["layers"][0]["attention"], walk.plan["layers"][0]["mlp"]
     prefix = walk.prefixes[0]
     with torch.no_grad():
         theirs.self_attn.in_proj_weight.copy_(

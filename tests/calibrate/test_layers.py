@@ -8,10 +8,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from families import FAMILIES, make, prompts
-from nybble import _nybble
 from nybble.calibrate.layers import Walk
 from nybble.errors import ConfigError, UnsupportedError
 from nybble.quant.fold import pairs, rescale
+from walks import walk_of
 
 
 @pytest.fixture
@@ -21,10 +21,7 @@ def opened(tmp_path):
     def open_family(name):
         model = make(name)
         model.save_pretrained(tmp_path / name)
-        checkpoint = _nybble.Checkpoint.open(str(tmp_path / name))
-        shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
-        config, plan = json.loads(checkpoint.config()), json.loads(checkpoint.plan())
-        return model, Walk(config, plan, shapes, checkpoint.read)
+        return model, walk_of(tmp_path / name)
 
     return open_family
 
@@ -205,9 +202,7 @@ def test_a_walk_through_layers_of_different_shapes(tmp_path):
             del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    checkpoint = _nybble.Checkpoint.open(str(folder))
-    shapes = {name: shape for name, (_, shape) in checkpoint.tensors().items()}
-    walk = Walk(config, json.loads(checkpoint.plan()), shapes, checkpoint.read)
+    walk = walk_of(folder)
     ids = np.array(prompts(24, 24))
     plain = walk.embed(ids)
     staged = [states.clone() for states in plain]
