@@ -15,7 +15,7 @@ from nybble.calibrate.images import draw
 from nybble.errors import ArgumentError, FormatError, MissingFileError, UnsupportedError
 from nybble.runtime.images import ImageProcessor
 from vision.encoders import ENCODERS, save
-from walks import walk_of
+from walks import output_of, run_both_ways, walk_of
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -124,17 +124,9 @@ def last_states(model, walk, pixels):
         model = getattr(model, part, model)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     last = next(stack for stack in layers if len(stack) == len(walk))[-1]
-    caught = []
-
-    def keep(module, args, output):
-        caught.append(output[0] if isinstance(output, tuple) else output)
-
-    hook = last.register_forward_hook(keep)
     dino = type(model).__name__.startswith("Dinov2")
-    with torch.no_grad():
-        model(torch.from_numpy(pixels), **({} if dino else {"interpolate_pos_encoding": True}))
-    hook.remove()
-    return caught[0]
+    told = {} if dino else {"interpolate_pos_encoding": True}
+    return output_of(last, lambda: model(torch.from_numpy(pixels), **told))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -147,13 +139,7 @@ def test_a_walk_is_the_encoders_forward_pass(opened, name, size):
     for index in range(len(walk)):
         layer = walk.layer(index)
         assert set(layer.parameters) <= set(walk._shapes)
-        traced = {}
-        for window, inputs, output in layer.trace(plain):
-            traced[window], plain[window] = inputs, output
-        for stage in range(4):
-            for window, inputs in layer.inputs(stage, staged):
-                np.testing.assert_allclose(inputs, traced[window][stage], rtol=1e-4, atol=1e-4)
-        layer.outputs(staged)
+        run_both_ways(layer, plain, staged)
         assert {p.device.type for p in layer.parameters.values()} == {"cpu"}
         walk.drop(index)
         assert {p.device.type for p in layer.parameters.values()} == {"meta"}

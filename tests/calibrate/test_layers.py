@@ -11,7 +11,7 @@ from families import FAMILIES, make, prompts
 from nybble.calibrate.layers import Walk
 from nybble.errors import ConfigError, UnsupportedError
 from nybble.quant.fold import pairs, rescale
-from walks import walk_of
+from walks import output_of, run_both_ways, walk_of
 
 
 @pytest.fixture
@@ -28,16 +28,8 @@ def opened(tmp_path):
 
 def last_states(model, walk, ids):
     """What the last layer gives when transformers runs the model."""
-    caught = []
-
-    def keep(module, args, output):
-        caught.append(output[0] if isinstance(output, tuple) else output)
-
-    hook = model.get_submodule(walk.prefixes[-1]).register_forward_hook(keep)
-    with torch.no_grad():
-        model(torch.from_numpy(ids))
-    hook.remove()
-    return caught[0]
+    last = model.get_submodule(walk.prefixes[-1])
+    return output_of(last, lambda: model(torch.from_numpy(ids)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,13 +43,7 @@ def test_a_walk_is_the_models_forward_pass_and_folds_do_not_change_it(opened, fa
     count = 0
     for index in range(len(walk)):
         layer = walk.layer(index)
-        traced = {}
-        for window, inputs, output in layer.trace(plain):
-            traced[window], plain[window] = inputs, output
-        for stage in range(4):
-            for window, inputs in layer.inputs(stage, staged):
-                np.testing.assert_allclose(inputs, traced[window][stage], rtol=1e-4, atol=1e-4)
-        layer.outputs(staged)
+        run_both_ways(layer, plain, staged)
         found, notes = pairs(layer.parts, layer)
         count += len(found)
         assert len(found) + len(notes) == 4
@@ -211,13 +197,7 @@ def test_a_walk_through_layers_of_different_shapes(tmp_path):
     for index in range(len(walk)):
         layer = walk.layer(index)
         empty.append([not names for names in layer.stages])
-        traced = {}
-        for window, inputs, output in layer.trace(plain):
-            traced[window], plain[window] = inputs, output
-        for stage in range(4):
-            for window, inputs in layer.inputs(stage, staged):
-                np.testing.assert_allclose(inputs, traced[window][stage], rtol=1e-4, atol=1e-4)
-        layer.outputs(staged)
+        run_both_ways(layer, plain, staged)
         draw = np.random.default_rng(index)
         for pair in pairs(layer.parts, layer)[0]:
             rescale(layer, pair, np.exp2(draw.integers(-3, 4, len(pair.rows))))

@@ -258,15 +258,11 @@ def _patch(config: Mapping[str, Any]) -> int:
 
 
 def _check_encoder(recipe: Recipe) -> None:
-    texts = {
-        "prune.recovery": recipe.recovery() is not None,
-        recipe.needs_layers() or "weights": bool(recipe.needs_layers()),
-        "sparsity": recipe.sparsity is not None,
-    }
-    for key, asked_for in texts.items():
-        if asked_for:
-            message = f"recipe: {key} is not supported for image encoders: it looks at text"
-            raise UnsupportedError(message)
+    key = "prune.recovery" if recipe.recovery() is not None else recipe.needs_layers()
+    key = key or ("sparsity" if recipe.sparsity is not None else "")
+    if key:
+        message = f"recipe: {key} is not supported for image encoders: it looks at text"
+        raise UnsupportedError(message)
     if recipe.tokens is not None:
         message = "recipe: tokens is not supported for image encoders: it is about texts"
         raise UnsupportedError(message)
