@@ -9,6 +9,7 @@ import torch
 import nybble
 from families import make, prompts, reference_logits
 from nybble import _nybble
+from nybble.calibrate.text import draw
 from nybble.compress import compress
 from nybble.compress.recipe import read
 from nybble.errors import ArgumentError, ConfigError, FormatError, UnsupportedError
@@ -134,6 +135,50 @@ def test_zeros_stay_zeros_where_codes_are_whole(tiny_folder, tmp_path):
     zeros = points[:, None, :] >> (4 * np.arange(8, dtype=np.uint32))[None, :, None] & 15
     zeros = zeros.reshape(-1, groups)[: zero.shape[0]]
     assert (codes == np.repeat(zeros, 32, axis=1))[zero].all()
+
+
+def inputs_of(model, windows):
+    """What each of a model's linears reads, by name."""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rows = found.setdefault(name, [])
+            keep = lambda _, args, rows=rows: rows.append(args[0].flatten(0, -2))  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        for window in windows:
+            model(torch.from_numpy(window[None]))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def test_each_linear_is_judged_by_what_the_pruned_model_gives_it(tiny_folder, text, tmp_path):
+    """Masks from the finished model's own inputs are those it was pruned with."""
+    from transformers import AutoModelForCausalLM
+
+    recipe = {"prune": {"name": "wanda", "ratio": 0.5}, **FLOAT}
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, calibration=text, progress=False)
+    tokenizer = nybble.load(tmp_path / "out", threads=1).tokenizer
+    windows = draw([text], tokenizer, **SMALL, seed=0).windows
+    dense, pruned = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (tiny_folder, tmp_path / "out")
+    )
+    weights = {
+        name: module.weight.abs() for name, module in dense.named_modules() if "_proj" in name
+    }
+    share = {}
+    for model in (dense, pruned):
+        same = total = 0
+        inputs = inputs_of(model, windows)
+        for name, weight in weights.items():
+            scores = weight * inputs[name].norm(dim=0)
+            goes = scores <= scores.sort(dim=1).values[:, [weight.shape[1] // 2 - 1]]
+            same += (goes == (pruned.get_submodule(name).weight == 0)).sum().item()
+            total += goes.numel()
+        share[model] = same / total
+    assert share[pruned] > 0.999 > share[dense]
 
 
 def test_layers_can_go(text, tmp_path):

@@ -149,14 +149,13 @@ def sparsify(
     advance
         Called after each layer.
     """
-    for found in _layers(subject, windows, method):
-        for linear, weight in found.items():
+    for found in _stages(subject, windows, method, advance):
+        for linear, (values, stats) in found.items():
             name = f"{linear}.weight"
             transposed = _transposed(subject, linear)
             squares = fisher.get(name)
             if squares is not None and transposed:
                 squares = squares.T
-            values, stats = weight
             before = np.array(values)
             if not np.isfinite(before).all():
                 message = (
@@ -169,13 +168,20 @@ def sparsify(
                 changes.errors[linear] = _error(before, after, None, stats)
             changes.masks[name] = np.ascontiguousarray(stays.T if transposed else stays)
             yield name, np.ascontiguousarray(after.T if transposed else after)
-        advance()
 
 
-def _layers(
-    subject: Subject, windows: npt.NDArray[Any] | None, method: Sparse
+def _stages(
+    subject: Subject,
+    windows: npt.NDArray[Any] | None,
+    method: Sparse,
+    advance: Callable[[], object],
 ) -> Iterator[dict[str, tuple[Floats, InputStats | None]]]:
-    """Give each layer's linears with what they read; what is written into them is what runs on."""
+    """Give the linears that read the same, and what they read, in the order of the forward pass.
+
+    What is written into them is what the later ones see. The authors of Wanda and SparseGPT take
+    what all of a layer's linears read before any of them changes; that costs a second run of each
+    layer, and knows less of the pruned model.
+    """
     if windows is None or not method.needs:
         for layer in subject.parts["layers"]:
             attention, mlp = layer["attention"], layer["mlp"]
@@ -186,23 +192,21 @@ def _layers(
                 values = subject.weight(f"{name}.weight")
                 found[name] = (values.T if _transposed(subject, name) else values, None)
             yield found
+            advance()
         return
     walk = subject.walk()
     hidden = walk.embed(windows)
     needs = method.needs | {"sample"}
     for index in range(len(walk)):
         layer = walk.layer(index)
-        seen = {
-            name: (layer.weight(name), stats)
-            for stage, names in enumerate(layer.stages)
-            for stats in [_see(layer, stage, hidden, needs)]
-            for name in names
-        }
-        yield dict(seen)
+        for stage, names in enumerate(layer.stages):
+            stats = _see(layer, stage, hidden, needs)
+            yield {name: (layer.weight(name), stats) for name in names}
         if index + 1 < len(walk):
             layer.outputs(hidden)
         del layer
         walk.drop(index)
+        advance()
 
 
 def _see(layer: Layer, stage: int, hidden: list[Any], needs: Collection[str]) -> InputStats:

@@ -22,13 +22,14 @@ class Wanda(Sparse):
 
         S_ij = |W_ij| ||X_j||_2
 
-    ranked inside each row, or in each row among neighbours with a pattern. Layers are pruned in
+    ranked inside each row, or in each row among neighbours with a pattern. Linears are pruned in
     order: each sees the inputs that the pruned ones before it give.
 
     Defaults: half of each row, as in the paper; the authors look at 128 sequences of C4 at the
     model's context, here at the recipe's calibration text.
 
-    What differs here: of equal scores the first go, so that exactly the share goes. The variant
+    What differs here: a layer's later linears see its pruned earlier ones, where the authors take
+    all its inputs first. Of equal scores the first go, so that exactly the share goes. The variant
     that stops at a share of a row's summed score is left out.
     """
 
