@@ -115,6 +115,7 @@ class Walk:
         self._read = read
         self._shapes = shapes
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._adds: dict[type, bool] = {}
         self.prefixes = _prefixes(plan["layers"])
         # Where an encoder has what its file names otherwise; a decoder's names are its paths.
         self._paths = encoders.paths(self._model, shapes) if self.images else {}
@@ -260,7 +261,7 @@ class Walk:
             if path.startswith(f"{place}.")
         }
         parts, call = self.plan["layers"][index], self._calls[index]
-        return Layer(self.torch, module, prefix, parts, call, paths)
+        return Layer(self.torch, module, prefix, parts, call, paths, self._adds)
 
     def drop(self, index: int) -> None:
         """Give a layer's memory back."""
@@ -330,6 +331,10 @@ class Layer:
         With what, besides the hidden states, it is called.
     paths
         Where in it modules are that the plan names otherwise.
+    adds
+        By class of attention, as far as it is known: whether its output is what it gives without
+        its last linear's, plus that linear's, to the last bit. Shared by a model's layers, of which
+        the first that runs finds it out.
     """
 
     def __init__(
@@ -340,6 +345,7 @@ class Layer:
         parts: dict[str, Any],
         call: Any,
         paths: Mapping[str, str],
+        adds: dict[type, bool],
     ) -> None:
         self._torch = torch
         self._module = module
@@ -347,6 +353,7 @@ class Layer:
         self.parts = parts
         self._paths = paths
         self._args, self._kwargs = call
+        self._adds = adds
         self._recordable: Any = None
         attention, mlp = parts["attention"] or {}, parts["mlp"] or {}
         stages = (
@@ -509,23 +516,22 @@ class Layer:
         original = attention.forward
         memory: dict[int, Any] = {}
         self._attended = memory
-        sums = True
+        kind = type(attention)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal sums
             window = self._window
             if window not in memory:
                 inputs, output = self._mixed.pop(window, (None, None))
-                if inputs is None or not sums:
+                if inputs is None or not self._adds.get(kind, True):
                     memory[window] = original(*args, **kwargs)
                 elif isinstance(output, tuple):
                     memory[window] = (output[0] + out(inputs), *output[1:])
                 else:
                     memory[window] = output + out(inputs)
-                if inputs is not None and len(memory) == 1:  # is it so in this family?
+                if inputs is not None and kind not in self._adds:
                     whole = original(*args, **kwargs)
                     first, second = (_first(value) for value in (whole, memory[window]))
-                    sums = self._torch.equal(first, second)
+                    self._adds[kind] = self._torch.equal(first, second)
                     memory[window] = whole
             return memory[window]
 
