@@ -235,9 +235,9 @@ fn codes_scratch_stops_growing() {
             scratch.bytes()
         })
     };
-    let alone = sizes(1);
-    assert!(alone.iter().all(|&size| size == alone[0] && size > 2 * 300 * 2 * 32), "{alone:?}");
+    let (alone, both) = (sizes(1), sizes(2));
+    assert!(alone.iter().all(|&size| size == alone[0]), "{alone:?}");
     // A thread that wakes too late for the first run takes its memory in a later one, if at all.
-    let both = sizes(2);
     assert!(both.is_sorted() && both[2] <= 2 * alone[0], "{both:?}, one thread: {alone:?}");
+    assert!(alone[0].min(both[0]) > 2 * 300 * 2 * 32, "{both:?}, one thread: {alone:?}");
 }
