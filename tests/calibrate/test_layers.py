@@ -64,6 +64,50 @@ def test_a_walk_is_the_models_forward_pass_and_folds_do_not_change_it(opened, fa
             assert torch.equal(folded[window], plain[window])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "opt-post-norm-narrow"])
+def test_norms_run_once_a_window(opened, family):
+    _, walk = opened(family)
+    staged = walk.embed(np.array(prompts(24, 24, 24)))
+    for index in range(len(walk)):
+        layer = walk.layer(index)
+        runs = {}
+        for path, module in layer._module.named_modules():
+            if "norm" in path or "ln_" in path:
+                runs[path] = 0
+
+                def counted(*args, path=path, original=module.forward, runs=runs):
+                    runs[path] += 1
+                    return original(*args)
+
+                module.forward = counted
+        for stage in range(4):
+            for _ in layer.inputs(stage, staged):
+                pass
+        layer.outputs(staged)
+        assert len(runs) >= 2
+        inside = ("q_norm", "k_norm")  # of attention, which is tried out on the first window
+        for path, count in runs.items():
+            assert 3 <= count <= (4 if index == 0 and path.endswith(inside) else 3), path
+        walk.drop(index)
+
+
+def test_what_changes_after_its_stage_is_seen_when_stages_are_forgotten(opened):
+    _, walk = opened("llama")
+    staged = walk.embed(np.array(prompts(24, 24, 24)))
+    layer = walk.layer(0)
+    for stage in range(4):
+        for _ in layer.inputs(stage, staged):
+            pass
+    for linears in layer.stages:
+        for name in linears:
+            layer.weight(name)[...] *= 0.5
+    layer.forget()
+    wanted = [output.clone() for _, _, output in layer.trace(staged)]
+    layer.outputs(staged)
+    for window in range(3):
+        assert torch.equal(staged[window], wanted[window])
+
+
 @pytest.mark.parametrize("after", [torch.tanh, lambda x: 1 + x])
 def test_attention_that_does_more_than_add_is_run_again(opened, after):
     _, walk = opened("llama")

@@ -69,6 +69,33 @@ def test_gptq_is_nearer_to_the_original_than_rounding_to_nearest(tiny_folder, te
     assert lost["gptq"] < 0.6 * lost["rtn"]
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"weights": {"bits": 4, "method": "gptq"}},
+        {"weights": {"bits": 4, "method": {"name": "gptq", "true_sequential": False}}},
+        {"weights": {"bits": 4}, "activations": {"bits": 8, "strategy": "tensor"}},
+    ],
+    ids=["stages", "layers", "static"],
+)
+def test_the_next_layer_reads_what_the_rounded_one_gives(
+    tiny_folder, text, tmp_path, monkeypatch, recipe
+):
+    original = Layer.outputs
+    layers = []
+
+    def outputs(self, hidden):
+        before = [states.clone() for states in hidden]
+        original(self, hidden)
+        for window, _, wanted in self.trace(before):
+            torch.testing.assert_close(hidden[window], wanted)
+        layers.append(self.prefix)
+
+    monkeypatch.setattr(Layer, "outputs", outputs)
+    compress(tiny_folder, tmp_path / "out", recipe=recipe, calibration=text, progress=False)
+    assert len(layers) == nybble.load(tmp_path / "out").info["layers"]
+
+
 def test_the_report_says_what_was_looked_at(tiny_folder, text, tmp_path):
     report = compress(tiny_folder, tmp_path / "out", recipe=GPTQ, calibration=[text], seed=5)
     facts = report.calibration

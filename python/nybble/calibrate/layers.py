@@ -371,6 +371,10 @@ class Layer:
         # nothing; and those of the feed-forward's last.
         self._mixed: dict[int, tuple[Any, Any]] = {}
         self._kept: dict[int, Any] = {}
+        # What norms and the like gave, by window and path, while stages are gone through.
+        self._given: dict[int, dict[str, Any]] = {}
+        # Modules that do something else meanwhile, with what their instance had as `forward`.
+        self._replaced: dict[Any, Any] = {}
 
     def _place(self, name: str) -> str:
         return self._paths.get(name) or name.removeprefix(f"{self.prefix}.")
@@ -433,6 +437,7 @@ class Layer:
 
         if not self.stages[stage]:
             return
+        self._remember()
         if stage == 1:
             yield from self._mixing(hidden)
             return
@@ -457,26 +462,61 @@ class Layer:
         message = f"{self.prefix}: this version of transformers does not run all of its linears"
         raise UnsupportedError(message)
 
+    def _replace(self, module: Any, forward: Callable[..., Any]) -> None:
+        self._replaced.setdefault(module, module.__dict__.get("forward"))
+        module.forward = forward
+
+    def _remember(self) -> None:
+        """Let what is no linear and no part of attention compute once a window.
+
+        What runs before a stage's linears depends on earlier ones alone, which change no more. A
+        third of Wanda's time was norms, computed again on the way to each stage.
+        """
+        if self._replaced:
+            return
+        linears = {self._place(name) for stage in self.stages for name in stage}
+        inside = self._place(self.stages[1][0]).rpartition(".")[0] if self.stages[1] else None
+
+        def once(path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                given = self._given.setdefault(self._window, {})
+                if path not in given:
+                    given[path] = original(*args, **kwargs)
+                return given[path]
+
+            return forward
+
+        for path, module in self._module.named_modules():
+            alone = next(module.children(), None) is None and any(True for _ in module.parameters())
+            attends = inside is not None and path.startswith(f"{inside}.")
+            if alone and not attends and path not in linears:
+                self._replace(module, once(path, module.forward))
+
+    def forget(self) -> None:
+        """Forget what stages have computed: it is used up, or weights they went through change."""
+        for module, forward in self._replaced.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+        for memory in (self._replaced, self._given, self._mixed, self._kept):
+            memory.clear()
+        self._attended = None
+
     def outputs(self, hidden: list[torch.Tensor]) -> None:
         """Replace the hidden states with what the layer makes of them."""
         if self._kept:
             down = self._part(self.stages[3][0])
             original = down.forward
-            down.forward = lambda _: original(self._kept.pop(self._window))
+            self._replace(down, lambda _: original(self._kept.pop(self._window)))
             for name in self.stages[2]:  # what they would give is not looked at
-                linear = self._part(name)
-                rows = self.weight(name).shape[0]
-                linear.forward = _nothing(rows)
+                self._replace(self._part(name), _nothing(self.weight(name).shape[0], tokens=1))
         for index, states in enumerate(hidden):
             hidden[index] = self._forward(index, states)
+            self._given.pop(index, None)
             if self._attended:
                 self._attended.pop(index, None)
-        for linears in self.stages[2:]:
-            for name in linears:
-                self._part(name).__dict__.pop("forward", None)
-        if self._attended is not None:
-            self._attention.__dict__.pop("forward")
-            self._attended = None
+        self.forget()
 
     @property
     def _attention(self) -> Any:
@@ -535,7 +575,7 @@ class Layer:
                     memory[window] = whole
             return memory[window]
 
-        attention.forward = forward
+        self._replace(attention, forward)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -571,8 +611,14 @@ def _first(output: Any) -> torch.Tensor:
     return result
 
 
-def _nothing(rows: int) -> Callable[[Any], Any]:
-    return lambda x: x.new_zeros(()).expand(*x.shape[:-1], rows)
+def _nothing(rows: int, tokens: int | None = None) -> Callable[[Any], Any]:
+    """Return what gives zeros in the place of a linear's outputs, of all tokens or of some."""
+
+    def forward(x: Any) -> Any:
+        shape = x.shape[:-1] if tokens is None else (1,) * (x.ndim - 2) + (tokens,)
+        return x.new_zeros(()).expand(*shape, rows)
+
+    return forward
 
 
 def _rows(inputs: torch.Tensor) -> Floats:

@@ -197,6 +197,8 @@ class CalibratedPass:
                     item = self._items[name]
                     if item.scheme is not None:
                         facts["matrices"][name] = self._round(layer, item, seen[stage], arrays)
+        if not self._quantizer.stepwise:
+            layer.forget()  # what was seen is of the layer before any of it was rounded
         floats = []
         for name in sorted(changed):
             known = self._items.get(name.removesuffix(".weight"))

@@ -204,6 +204,7 @@ def _stages(
             yield {name: (layer.weight(name), stats) for name in names}
         if index + 1 < len(walk):
             layer.outputs(hidden)
+        layer.forget()
         del layer
         walk.drop(index)
         advance()
