@@ -107,7 +107,7 @@ def test_a_lowered_tier_in_a_process_of_its_own():
 
 
 def test_an_unknown_tier_is_an_error(start):
-    _, err = (process := start("doctor", NYBBLE_ISA="avx9")).communicate(timeout=30)
+    _, err = (process := start("doctor", NYBBLE_ISA="avx9")).communicate(timeout=80)
     assert process.returncode == 1
     assert b"NYBBLE_ISA" in err
     assert b"avx9" in err

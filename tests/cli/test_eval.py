@@ -156,7 +156,6 @@ def test_without_a_text_the_known_one(run, tiny_folder, compressed_folder, data,
     assert "nothing to measure" in outcome.err
 
 
-@pytest.mark.timeout(90)  # the first import of matplotlib lists the fonts
 def test_the_plot(run, tiny_folder, compressed_folder, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib (the eval extra)")
     arguments = ["eval", "--compare", tiny_folder, compressed_folder, "-c", 64, "--text", text]

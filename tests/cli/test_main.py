@@ -179,31 +179,29 @@ def test_ctrl_c_in_a_verb_is_130(run, monkeypatch):
     assert (outcome.code, outcome.err) == (130, "")
 
 
-@pytest.mark.timeout(60)
 def test_ctrl_c_stops_a_generation_at_once(start, tiny_folder):
     process = start("run", tiny_folder, "-p", "hello", "-n", "400", "--temperature", "1")
     assert process.stdout.read(1)  # it writes
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=80)
     # The tiny model may have ended by itself in the meantime.
     assert process.returncode in (130, 0)
     assert time.monotonic() - began < 20
     assert b"Traceback" not in err
 
 
-@pytest.mark.timeout(60)
 def test_a_reader_that_goes_away_is_no_error(start, tiny_folder):
     process = start("run", tiny_folder, "-p", "hello", "-n", "400", "-q")
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(30) == 141
+    assert process.wait(80) == 141
     assert err == b""
 
 
 def test_a_terminal_without_unicode(start, tiny_folder):
     process = start("bench", tiny_folder, "-p", "4", "-n", "0", "-r", "1", PYTHONIOENCODING="ascii")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=80)
     assert process.returncode == 0, err
     assert b"pp4" in out
 

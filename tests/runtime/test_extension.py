@@ -269,7 +269,7 @@ def test_the_tier_can_be_lowered(isa, fine):
         assert "NYBBLE_ISA" in run.stderr
 
 
-@pytest.mark.timeout(240)  # mypy reads all of NumPy where it has no cache yet
+@pytest.mark.timeout(900)  # mypy reads all of NumPy, on machines that may be busy
 def test_the_stub_tells_the_truth():
     pytest.importorskip("mypy")
     run = subprocess.run(

@@ -110,7 +110,7 @@ def test_a_forked_child_goes_on(tiny):
     if child == 0:
         code = 1
         try:
-            signal.alarm(20)
+            signal.alarm(80)
             same = tiny.generate(IDS, 20, ignore_end=True).tokens == expected
             fresh = nybble.load(tiny.path, threads=2)
             same = same and fresh.generate(IDS, 20, ignore_end=True).tokens == expected
