@@ -469,8 +469,8 @@ class Layer:
     def _remember(self) -> None:
         """Let what is no linear and no part of attention compute once a window.
 
-        What runs before a stage's linears depends on earlier ones alone, which change no more. A
-        third of Wanda's time was norms, computed again on the way to each stage.
+        What runs before a stage's linears depends on earlier ones alone, which change no more. An
+        eighth of Wanda's time was norms, computed again on the way to each stage.
         """
         if self._replaced:
             return

@@ -79,8 +79,8 @@ class ScaleTuning:
 
     With activation sparsity (`masks`) what is left of the values makes up for what is not: of
     SmolLM2-135M's perplexity on 4096 tokens, 17.29 dense and 21.20 with half of its neurons skipped
-    (CHESS), 24 steps leave 19.54. Without the masks there is little to train: the divergence is
-    0.005 nats in the place of 0.17.
+    (CHESS), 24 steps leave 19.54; 256 at a ``rate`` of 0.002, layers' shares by ``greedy``, 19.38.
+    Without the masks there is little to train: the divergence is 0.005 nats in the place of 0.17.
 
     What differs: relative changes ``t`` and ``u`` in the place of the scales themselves, so that
     one rate does for all; a thousandth of the paper's tokens. The whole model is in memory twice in
