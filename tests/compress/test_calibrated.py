@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import nybble
 from families import make, prompts
-from nybble.calibrate.layers import Layer
+from nybble.calibrate.layer import Layer
 from nybble.compress import compress
 from nybble.compress.recipe import read, shipped
 from nybble.errors import ArgumentError, ConfigError, FormatError

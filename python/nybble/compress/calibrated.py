@@ -26,7 +26,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from nybble import _nybble
-from nybble.calibrate.layers import Layer, Walk
+from nybble.calibrate.layer import Layer
+from nybble.calibrate.layers import Walk
 from nybble.calibrate.stats import InputStats
 from nybble.calibrate.text import CalibrationSet
 from nybble.compress.masked import mask

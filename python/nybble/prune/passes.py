@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nybble.calibrate.layers import Layer
+from nybble.calibrate.layer import Layer
 from nybble.calibrate.stats import InputStats, product
 from nybble.errors import FormatError
 from nybble.prune.base import Sparse, Structured

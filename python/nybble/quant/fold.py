@@ -42,7 +42,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class LayerTensors(Protocol):
-    """A layer whose weights may be changed in place: :class:`nybble.calibrate.layers.Layer`."""
+    """A layer whose weights may be changed in place: :class:`nybble.calibrate.layer.Layer`."""
 
     def tensor(self, name: str) -> Floats | None:
         """Return a parameter as it is stored, ``None`` where there is none of that name."""

@@ -228,16 +228,11 @@ fn codes_refuse_what_does_not_fit() {
 #[test]
 fn codes_scratch_stops_growing() {
     let case = full(2, 2, 32, 300);
-    let sizes = |threads: usize| {
-        let mut scratch = Scratch::new();
-        [(); 3].map(|()| {
-            run(&case, Isa::best(), threads, None, &mut scratch);
-            scratch.bytes()
-        })
-    };
-    let (alone, both) = (sizes(1), sizes(2));
-    assert!(alone.iter().all(|&size| size == alone[0]), "{alone:?}");
-    // A thread that wakes too late for the first run takes its memory in a later one, if at all.
-    assert!(both.is_sorted() && both[2] <= 2 * alone[0], "{both:?}, one thread: {alone:?}");
-    assert!(alone[0].min(both[0]) > 2 * 300 * 2 * 32, "{both:?}, one thread: {alone:?}");
+    let mut scratch = Scratch::new();
+    let mut sizes = Vec::new();
+    for _ in 0..3 {
+        run(&case, Isa::best(), 2, None, &mut scratch);
+        sizes.push(scratch.bytes());
+    }
+    assert!(sizes.iter().all(|&size| size == sizes[0] && size > 2 * 300 * 2 * 32), "{sizes:?}");
 }

@@ -30,6 +30,7 @@
 mod loops;
 
 use std::ops::Range;
+use std::sync::PoisonError;
 
 use super::super::f32::lanes::{LANES, MAX_ROWS, Panel, Tier};
 use super::super::quantize::Activations;
@@ -134,6 +135,13 @@ pub fn attend_codes(
         head.shape(n, dim)?;
     }
     let Scratch { workers, heads, .. } = scratch;
+    // All threads' room now, whichever of them get something to do: memory does not depend on who wakes first.
+    let most = QUERIES.min(n);
+    for work in &mut workers[..threads] {
+        let Memory { queries, weights, .. } = work.get_mut().unwrap_or_else(PoisonError::into_inner);
+        queries.make_room(most, dim, (dim.next_multiple_of(TILE_K), 1), BITS);
+        weights.make_room(most, n, (BLOCK, n.div_ceil(BLOCK)), BITS);
+    }
     let kernel = kernels.attention;
     pool.split_rows(&mut heads[..kv_heads], 1, &|first, heads| {
         for (i, head) in heads.iter_mut().enumerate() {
