@@ -4,7 +4,8 @@
 //! rows with a matrix that fits, in multiplications. Attention: 9 heads that share 3 key heads of 64 elements; `prefill` is
 //! 512 new positions, `decode` one new position after 1023 others; both in multiplications of queries with keys and weights
 //! with values. `attention/257` and `/1370` are the tokens of an image of 224 and of 518 pixels in 6 heads of 64 that see all
-//! keys, in floats and on codes of 7 bits, from the layer's matrix to the output. The rest: elements.
+//! keys, in floats (also with all probabilities left as a graph) and on codes of 7 bits, from the layer's matrix to the
+//! output. The rest: elements.
 //!
 //! `cargo bench -p nybble --bench float_kernels -- attention/decode` runs a part; `NYBBLE_THREADS` sets the threads.
 #![allow(missing_docs)]
@@ -14,7 +15,9 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use nybble::cpu::Isa;
-use nybble::kernels::attention::{self, KvCache, KvType, Scratch, Shape, attend, attend_codes, codes};
+use nybble::kernels::attention::{
+    self, Graph, KvCache, KvType, Scratch, Shape, attend, attend_codes, attend_graph, codes,
+};
 use nybble::kernels::{Columns, Kernels, elementwise, f32 as matmul, float_matmul, norm, rope};
 use nybble::pack::{IntSource, Layout, Packed};
 use nybble::threads::Pool;
@@ -185,6 +188,16 @@ fn bench_images(c: &mut Criterion) {
                     cache.truncate(0);
                     cache.append(&pool, k, v, n, stride).expect("memory");
                     attend(&pool, kernels.attention, &shape, &cache, &qkv, stride, n, &mut out, &mut scratch)
+                        .expect("matching shapes");
+                });
+            });
+            let mut graph = Graph::default();
+            group.bench_function(format!("{}/f16 and the graph", isa.name()), |b| {
+                b.iter(|| {
+                    cache.truncate(0);
+                    cache.append(&pool, k, v, n, stride).expect("memory");
+                    let (kernel, (graph, scratch)) = (kernels.attention, (&mut graph, &mut scratch));
+                    attend_graph(&pool, kernel, &shape, &cache, &qkv, stride, &mut out, graph, scratch)
                         .expect("matching shapes");
                 });
             });
