@@ -36,28 +36,35 @@ from benches.vision.parity import pictures
 import nybble
 
 REDUCTION = 0.35
+ZERO = "nybble w8a8 zero_tprune"
 Key = tuple[str, int, int]
 
 
 class Times:
-    """Nanoseconds by arm, size and batch, kept in a file."""
+    """Nanoseconds by arm, size and batch, and those in which patches were chosen, in a file."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.found: dict[Key, list[int]] = {}
+        self.choosing: dict[Key, list[int]] = {}
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines]
         if not rows or rows[0] != header:
             path.write_text(json.dumps(header) + "\n", encoding="utf-8")
             rows = [header]
-        for arm, size, batch, nanoseconds in rows[1:]:
-            self.found.setdefault((arm, size, batch), []).append(nanoseconds)
+        for arm, size, batch, nanoseconds, choosing in rows[1:]:
+            self._append((arm, size, batch), nanoseconds, choosing)
 
-    def add(self, key: Key, nanoseconds: int) -> None:
-        """Keep a time."""
+    def _append(self, key: Key, nanoseconds: int, choosing: int | None) -> None:
         self.found.setdefault(key, []).append(nanoseconds)
+        if choosing is not None:
+            self.choosing.setdefault(key, []).append(choosing)
+
+    def add(self, key: Key, nanoseconds: int, choosing: int | None) -> None:
+        """Keep a time, and the part of it in which patches were chosen."""
+        self._append(key, nanoseconds, choosing)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([*key, nanoseconds]) + "\n")
+            file.write(json.dumps([*key, nanoseconds, choosing]) + "\n")
 
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, Path]:
@@ -129,7 +136,8 @@ def measure(arguments: argparse.Namespace) -> tuple[Times, dict[str, str]]:
                     for size, batch in todo:
                         question = {"size": size, "batch": batch, "warm": False}
                         answer = workers[arm.name].ask(question, arguments.timeout)
-                        times.add((arm.name, size, batch), answer["nanoseconds"])
+                        key = (arm.name, size, batch)
+                        times.add(key, answer["nanoseconds"], answer["choosing"])
                 except WorkerError as error:
                     failed[arm.name] = str(error)
                     print(f"{arm.name}: {error}", file=sys.stderr, flush=True)
@@ -161,10 +169,11 @@ def table(times: Times, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 if best and (ours := speeds.get(f"nybble {form}")):
                     print(f"  {form} beside the best peer ({best}): {ours / peers[best]:.2f}")
             ours = speeds.get("nybble w8a8")
-            zero, chance = (speeds.get(f"nybble w8a8 {m}") for m in ("zero_tprune", "random"))
-            if ours and zero and chance:
+            zero = speeds.get(ZERO)
+            choosing = times.choosing.get((ZERO, size, batch))
+            if ours and zero and choosing:
                 print(f"  Zero-TPrune beside dense: {zero / ours:.2f}")
-                share = (1 / zero - 1 / chance) * ours
+                share = statistics.median(choosing) / 1e9 * ours / batch
                 print(f"  scoring and selection, of the dense forward: {share:.1%}")
     return rows
 

@@ -147,7 +147,7 @@ class Encoder:
     def macs(self, height: int, width: int, tokens: str | None = None) -> int: ...
     def encode(
         self, pixels: _Floats, tokens: str | None = None
-    ) -> tuple[_Floats, _Floats, _Floats, tuple[_Ids, _Ids] | None]: ...
+    ) -> tuple[_Floats, _Floats, _Floats, tuple[_Ids, _Ids, float] | None]: ...
 
 @final
 class AttentionGraph:
@@ -161,6 +161,7 @@ class AttentionGraph:
         damping: float,
         token: int | None = None,
         factor: float | None = None,
+        extrapolate: bool = False,
         threads: int | None = None,
     ) -> tuple[_Floats, list[int]]: ...
 
@@ -221,6 +222,7 @@ def pagerank(
     damping: float,
     token: int | None = None,
     factor: float | None = None,
+    extrapolate: bool = False,
     threads: int | None = None,
 ) -> tuple[_Floats, list[int]]: ...
 def pagerank_iterations(layer: int, depth: int) -> int: ...

@@ -93,6 +93,7 @@ def pagerank(
     damping: float = 1.0,
     class_token: int | None = None,
     class_factor: float | None = None,
+    extrapolate: bool = False,
     threads: int | None = None,
 ) -> Ranks:
     """Score tokens by weighted PageRank of each head's attention.
@@ -114,6 +115,9 @@ def pagerank(
         A token that begins with a larger score than the others, which are equal.
     class_factor
         How many times larger; by default the square root of ``n``, as the paper's variant has it.
+    extrapolate
+        Whether a step begins with what the last ones lead to (Anderson acceleration, J. ACM 12,
+        1965) and not with what the last one made: the same fixed point in far fewer steps.
     threads
         Threads that heads are shared out to.
 
@@ -128,6 +132,7 @@ def pagerank(
         damping,
         None if class_token is None else _positive("class_token", class_token, least=0),
         class_factor,
+        extrapolate,
         threads,
     )
     if isinstance(attention, AttentionGraph):

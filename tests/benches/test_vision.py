@@ -142,8 +142,8 @@ def test_norms_behind_the_blocks_are_pruned(vision, tmp_path):
 def test_times_are_kept(vision, tmp_path):
     header = {"threads": 2}
     times = vision.speed.Times(tmp_path / "times", header)
-    times.add(("nybble f32", 224, 1), 7)
-    times.add(("nybble f32", 224, 1), 9)
+    times.add(("nybble f32", 224, 1), 7, None)
+    times.add(("nybble f32", 224, 1), 9, 2)
     again = vision.speed.Times(tmp_path / "times", header)
     assert again.found == {("nybble f32", 224, 1): [7, 9]}
     assert vision.speed.Times(tmp_path / "times", {"threads": 1}).found == {}

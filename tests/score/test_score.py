@@ -45,6 +45,51 @@ def test_without_damping_the_stationary_distribution(n):
         assert np.allclose(scores, first_eigenvector(head), atol=1e-6)
 
 
+def reluctant(n):
+    """Two groups that hardly look at each other: plain steps settle slowly."""
+    graph = attention(1, n, seed=3)[0]
+    half = n // 2
+    graph[:half, half:] *= 0.02
+    graph[half:, :half] *= 0.05
+    return (graph / graph.sum(axis=1, keepdims=True))[None]
+
+
+@pytest.mark.parametrize("damping", [0.9, 1.0])
+def test_extrapolated_steps_reach_the_same_scores_sooner(damping):
+    graph = reluctant(40)
+    how = {"iterations": 500, "tolerance": 1e-6, "damping": damping}
+    plain = score.pagerank(graph, **how)
+    found = score.pagerank(graph, extrapolate=True, **how)
+    assert found.iterations[0] < plain.iterations[0] / 2
+    wanted = first_eigenvector(damping * graph[0].astype(float) + (1 - damping) / 40)
+    assert np.allclose(found.scores[0], wanted, atol=1e-6)
+    assert found.scores.sum() == pytest.approx(1, abs=1e-6)
+    recorded = score.pagerank(score.AttentionGraph(graph), extrapolate=True, **how)
+    assert np.allclose(recorded.scores, found.scores, rtol=2e-2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    n=st.integers(1, 30),
+    steps=st.integers(0, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_extrapolated_scores_are_shares(heads, n, steps, seed):
+    graph = attention(heads, n, seed)
+    graph[0, :, 0] = 0  # one that nobody looks at
+    graph[0] /= np.maximum(graph[0].sum(axis=1, keepdims=True), 1e-30)
+    how = {"iterations": steps, "tolerance": 0, "extrapolate": True}
+    found = score.pagerank(graph, threads=1, **how)
+    assert (found.scores >= 0).all()
+    assert n == 1 or np.allclose(found.scores.sum(axis=1), 1, atol=1e-5)
+    assert np.array_equal(found.scores, score.pagerank(graph, threads=3, **how).scores)
+    if steps < 3:  # there is nothing to extrapolate from
+        assert np.array_equal(
+            found.scores, score.pagerank(graph, iterations=steps, tolerance=0).scores
+        )
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     heads=st.integers(1, 5),

@@ -28,6 +28,7 @@ METHODS = {
     "evit-drop": EViT(layers=(1,), keep=0.5, fuse=False),
     "zero": ZeroTPrune(layers=(0, 1), keep=(0.8, 0.7), similar=4),
     "zero-class": ZeroTPrune(layers=(0, 1), keep=0.7, similar=0, class_start=True, iterations=7),
+    "zero-plain": ZeroTPrune(layers=(0, 1), keep=0.6, similar=3, extrapolate=False),
     "tome": ToMe(layers=(0, 1, 2), r=(9, 7, 100)),
     "tome-plain": ToMe(layers=(1, 2), r=5, proportional=False),
 }
@@ -45,20 +46,33 @@ def pixels(images, seed=0):
     return np.random.default_rng(seed).standard_normal((images, 3, 24, 24)).astype(np.float32)
 
 
-def settle(attention, scores, steps, gone=()):
+def extrapolated(made, changes):
+    """Anderson's next guess by what three steps made at most, and how much they changed."""
+    made, changes = np.array(made[-3:]), np.array(changes[-3:])
+    parts = np.linalg.lstsq(np.diff(changes, axis=0).T, changes[-1], rcond=None)[0]
+    guess = np.maximum(made[-1] - parts @ np.diff(made, axis=0), 0)
+    return guess / guess.sum()
+
+
+def settle(attention, scores, steps, extrapolate, gone=()):
     """Votes of every head from `scores` on, until they change by less than 1e-3."""
     found = []
     for graph, start in zip(attention, scores, strict=True):
         old = start.copy()
         old[list(gone)] = 0
         old /= old.sum()
-        for _ in range(steps):
+        made, changes = [], []
+        for step in range(1, steps + 1):
             new = graph.T @ old
             new[list(gone)] = 0
             new /= new.sum()
-            change, old = np.abs(new - old).sum(), new
-            if change < 1e-3:
+            made.append(new)
+            changes.append(new - old)
+            old = new
+            if np.abs(changes[-1]).sum() < 1e-3:
                 break
+            if extrapolate and 1 < step < steps:
+                old = extrapolated(made, changes)
         found.append(old)
     return np.array(found)
 
@@ -75,7 +89,7 @@ def zero_tprune(attention, keys, layer, keep, method):
     start = np.ones((heads, n))
     if method.class_start:
         start[:, 0] = math.sqrt(n)
-    ranks = settle(attention, start, steps)
+    ranks = settle(attention, start, steps, method.extrapolate)
     left = list(range(1, n))
     if twins := min(method.similar, (n - 1) // 2):
         matter = importance(ranks, range(n), method)
@@ -85,7 +99,7 @@ def zero_tprune(attention, keys, layer, keep, method):
         best = (unit[low] @ unit[high].T).max(axis=1)
         gone = {low[i] for i in np.argsort(-best, kind="stable")[:twins]}
         left = [token for token in left if token not in gone]
-        ranks = settle(attention, ranks, steps, gone)
+        ranks = settle(attention, ranks, steps, method.extrapolate, gone)
     count = math.ceil(keep * len(left) - 1e-9)
     matter = importance(ranks, [0, *left], method)[1:]
     best = np.argsort(-matter, kind="stable")[:count]

@@ -54,6 +54,10 @@ class Encoding:
         With pruned tokens, which token behind the learned ones holds each patch, ``[images,
         patches]``; the largest number of the type for a patch that left. Merged patches have the
         same owner.
+    choosing_seconds
+        With pruned tokens, the time in which tokens were scored, chosen and taken out; without that
+        in which attention recorded what each token gives each, for methods that read that
+        (Zero-TPrune).
     """
 
     tokens: npt.NDArray[np.float32]
@@ -62,6 +66,7 @@ class Encoding:
     grid: tuple[int, int]
     places: npt.NDArray[np.uint32] | None = None
     owners: npt.NDArray[np.uint32] | None = None
+    choosing_seconds: float | None = None
 
     @property
     def patches(self) -> npt.NDArray[np.float32]:
@@ -266,7 +271,7 @@ class ImageEncoder:
         else:
             pixels = self.preprocess(images, size)  # type: ignore[arg-type]  # checked there
         states, embedding, logits, reduced = self.raw.encode(pixels, self._policy(tokens))
-        places, owners = (None, None) if reduced is None else reduced
+        places, owners, choosing = (None, None, None) if reduced is None else reduced
         high, wide = self.info["patch"]
         return Encoding(
             tokens=states,
@@ -275,6 +280,7 @@ class ImageEncoder:
             grid=(pixels.shape[2] // high, pixels.shape[3] // wide),
             places=places,
             owners=owners,
+            choosing_seconds=choosing,
         )
 
     def macs(

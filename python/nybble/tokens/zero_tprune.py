@@ -53,7 +53,8 @@ class ZeroTPrune(PatchMethod):
     Not stated in the paper, and chosen here: scores have mean 1 before the variance is taken; where
     no head passes all are heard; the second vote begins with the scores of the first, what it gives
     to tokens that left is lost, and the sum is brought back to 1; votes end early once they change
-    by less than 1e-3; class and register tokens vote and are voted for, but are no candidates.
+    by less than 1e-3, and are extrapolated to get there sooner; class and register tokens vote and
+    are voted for, but are no candidates.
 
     Parameters
     ----------
@@ -70,6 +71,10 @@ class ZeroTPrune(PatchMethod):
     class_start
         Whether the class token begins a vote with a score sqrt(N) times the others' (the paper's
         variant "a").
+    extrapolate
+        Whether votes go on from what the last steps lead to (:func:`nybble.score.pagerank`) and not
+        from what the last one made, as in the paper. In layer 2 of DINOv2-S at 518 pixels most
+        heads settle in about 10 steps instead of more than 30.
     variances
         Least and largest variance of a head that is heard.
     """
@@ -79,6 +84,7 @@ class ZeroTPrune(PatchMethod):
     similar: int | Sequence[int] = 10
     iterations: int | None = None
     class_start: bool = False
+    extrapolate: bool = True
     variances: tuple[float, float] = (0.01, 0.7)
 
     def budget(self) -> tuple[float | Sequence[float], int | Sequence[int]]:
@@ -91,6 +97,7 @@ class ZeroTPrune(PatchMethod):
             "zero_tprune": {
                 "iterations": self.iterations,
                 "class_start": self.class_start,
+                "extrapolate": self.extrapolate,
                 "variances": list(self.variances),
             }
         }

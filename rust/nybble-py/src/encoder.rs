@@ -18,7 +18,7 @@ type Encoded<'py> = (
     Bound<'py, PyArray3<f32>>,
     Bound<'py, PyArray2<f32>>,
     Bound<'py, PyArray2<f32>>,
-    Option<(Bound<'py, PyArray2<u32>>, Bound<'py, PyArray2<u32>>)>,
+    Option<(Bound<'py, PyArray2<u32>>, Bound<'py, PyArray2<u32>>, f64)>,
 );
 
 /// An open image encoder.
@@ -66,7 +66,7 @@ impl Encoder {
     /// Tokens `[images, tokens, hidden]`, embeddings `[images, embedding]` and class scores `[images, labels]` of
     /// `pixels [images, channels, height, width]`, and with a policy of token reduction (as JSON) which patches the tokens
     /// are, `[images, tokens]` without learned ones, the largest number for what several were merged into; and for each patch
-    /// the token that holds it, `[images, patches]`, the largest number for one that left.
+    /// the token that holds it, `[images, patches]`, the largest number for one that left; and the seconds that choosing took.
     #[pyo3(signature = (pixels, tokens=None))]
     fn encode<'py>(
         &self,
@@ -84,9 +84,11 @@ impl Encoder {
         let patches = done.places.len().checked_div(images).unwrap_or(0);
         let all = done.owners.len().checked_div(images).unwrap_or(0);
         let places = match policy {
-            Some(_) => {
-                Some((matrix(py, done.places, images, patches)?, matrix(py, done.owners, images, all)?))
-            }
+            Some(_) => Some((
+                matrix(py, done.places, images, patches)?,
+                matrix(py, done.owners, images, all)?,
+                done.choosing.as_secs_f64(),
+            )),
             None => None,
         };
         Ok((

@@ -6,6 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use nybble::kernels::Kernels;
 use nybble::kernels::attention::Graph;
+use nybble::score::similarity::Features;
 use nybble::score::{self, Matrices, PageRank, Recorded, Start, heads, similarity};
 use nybble::threads::Pool;
 use nybble::tokens::patches::{Evidence, Wants};
@@ -35,7 +36,7 @@ fn pool(threads: Option<usize>) -> Result<Arc<Pool>> {
 
 /// Scores `[heads, n]` and the steps of each head.
 #[pyfunction]
-#[pyo3(signature = (attention, iterations, tolerance, damping, token=None, factor=None, threads=None))]
+#[pyo3(signature = (attention, iterations, tolerance, damping, token=None, factor=None, extrapolate=false, threads=None))]
 #[allow(clippy::too_many_arguments)] // Python passes them by name
 pub(crate) fn pagerank<'py>(
     py: Python<'py>,
@@ -45,11 +46,12 @@ pub(crate) fn pagerank<'py>(
     damping: f32,
     token: Option<usize>,
     factor: Option<f32>,
+    extrapolate: bool,
     threads: Option<usize>,
 ) -> PyResult<(Matrix<'py>, Vec<usize>)> {
     let (heads, n, columns) = attention.as_array().dim();
     let attention = values(&attention);
-    let settings = PageRank { iterations, tolerance, damping, start: start(token, factor, n) };
+    let settings = PageRank { iterations, tolerance, damping, start: start(token, factor, n), extrapolate };
     let ranks = run(py, || {
         square(n, columns)?;
         let votes = Matrices::new(Kernels::best().elementwise, &attention, heads, n)?;
@@ -86,7 +88,7 @@ impl AttentionGraph {
     }
 
     /// Scores `[heads, n]` and the steps of each head.
-    #[pyo3(signature = (iterations, tolerance, damping, token=None, factor=None, threads=None))]
+    #[pyo3(signature = (iterations, tolerance, damping, token=None, factor=None, extrapolate=false, threads=None))]
     #[allow(clippy::too_many_arguments)] // Python passes them by name
     fn pagerank<'py>(
         &self,
@@ -96,10 +98,12 @@ impl AttentionGraph {
         damping: f32,
         token: Option<usize>,
         factor: Option<f32>,
+        extrapolate: bool,
         threads: Option<usize>,
     ) -> PyResult<(Matrix<'py>, Vec<usize>)> {
         let (heads, n) = self.shape();
-        let settings = PageRank { iterations, tolerance, damping, start: start(token, factor, n) };
+        let settings =
+            PageRank { iterations, tolerance, damping, start: start(token, factor, n), extrapolate };
         let ranks = run(py, || {
             let votes = Recorded { kernel: Kernels::best().attention, graph: &self.core };
             score::pagerank(&*pool(threads)?, &votes, &settings)
@@ -200,7 +204,7 @@ pub(crate) fn cosines<'py>(
     let (a, b) = (values(&a), values(&b));
     let found = run(py, || {
         same_width(dim, other)?;
-        similarity::cosines(&*pool(threads)?, &Kernels::best(), &a, &b, dim)
+        similarity::cosines(&*pool(threads)?, &Kernels::best(), a.into_owned(), b.into_owned(), dim)
     })?;
     matrix(py, found, rows, cols)
 }
@@ -222,7 +226,7 @@ pub(crate) fn best_matches<'py>(
     let (a, b) = (values(&a), values(&b));
     let found = run(py, || {
         same_width(dim, other)?;
-        similarity::matches(&*pool(threads)?, &Kernels::best(), &a, &b, dim)
+        similarity::matches(&*pool(threads)?, &Kernels::best(), a.into_owned(), b.into_owned(), dim)
     })?;
     Ok((PyArray1::from_vec(py, found.best), PyArray1::from_vec(py, found.cosine)))
 }
@@ -276,7 +280,8 @@ pub(crate) fn choose_patches<'py>(
     learned: usize,
 ) -> PyResult<Option<Vec<usize>>> {
     let (heads, n, columns) = attention.as_array().dim();
-    let (attention, rows, keys) = (values(&attention), keys.as_array().nrows(), values(&keys));
+    let (attention, (rows, dim), keys) = (values(&attention), keys.as_array().dim(), values(&keys));
+    let keys = Features { values: &keys, stride: dim, dim };
     run(py, || {
         square(n, columns)?;
         if rows != n || learned > n {
@@ -288,7 +293,7 @@ pub(crate) fn choose_patches<'py>(
         let Some(budget) = policy.budget(layer, n - learned) else { return Ok(None) };
         let graph;
         let mut evidence =
-            Evidence { layer: (layer, depth), image, keys: &keys, heads, learned, ..Evidence::default() };
+            Evidence { layer: (layer, depth), image, keys, heads, learned, ..Evidence::default() };
         let scores = match policy.method.wants() {
             Wants::Nothing | Wants::Keys => Vec::new(),
             Wants::Received => score::received(&pool, kernels.elementwise, &attention, heads, n)?,

@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod anderson;
 pub mod heads;
 pub mod pagerank;
 pub mod similarity;
@@ -19,6 +20,22 @@ pub use pagerank::{Matrices, PageRank, Ranks, Recorded, Start, Votes, pagerank};
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::Elementwise;
 use crate::threads::Pool;
+
+/// Numbers side by side, for the compiler to take together.
+const LANES: usize = 16;
+
+/// The sum of products, in lanes and in double precision.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let ((chunks, rest), (others, last)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0.0; LANES];
+    for (chunk, other) in chunks.iter().zip(others) {
+        for (sum, (&a, &b)) in sums.iter_mut().zip(chunk.iter().zip(other)) {
+            *sum += f64::from(a) * f64::from(b);
+        }
+    }
+    let rest = rest.iter().zip(last).map(|(&a, &b)| f64::from(a) * f64::from(b));
+    sums.into_iter().chain(rest).sum()
+}
 
 /// Checks that `attention` is `[heads, n, n]`, and returns `n * n`.
 fn check(attention: &[f32], heads: usize, n: usize) -> Result<usize> {

@@ -14,14 +14,12 @@
 use std::cmp::Ordering;
 use std::sync::{Mutex, PoisonError};
 
-use super::check;
+use super::anderson::Anderson;
+use super::{LANES, check};
 use crate::error::{Error, Result};
 use crate::kernels::attention::{Attention, Graph};
 use crate::kernels::elementwise::Elementwise;
 use crate::threads::Pool;
-
-/// Sums side by side.
-const LANES: usize = 16;
 
 /// How to iterate.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,6 +33,9 @@ pub struct PageRank {
     pub damping: f32,
     /// The scores to begin with.
     pub start: Start,
+    /// Whether each step begins with what the last ones lead to, not with what the last one made (Anderson acceleration): the
+    /// same fixed point in far fewer steps.
+    pub extrapolate: bool,
 }
 
 /// The scores to begin with; they sum to 1.
@@ -53,7 +54,7 @@ pub enum Start {
 
 impl Default for PageRank {
     fn default() -> Self {
-        Self { iterations: 50, tolerance: 1e-6, damping: 1.0, start: Start::Uniform }
+        Self { iterations: 50, tolerance: 1e-6, damping: 1.0, start: Start::Uniform, extrapolate: false }
     }
 }
 
@@ -180,7 +181,7 @@ pub fn settle(
     gone: &[usize],
 ) -> Result<Ranks> {
     let (heads, n) = (votes.heads(), votes.tokens());
-    let PageRank { iterations, tolerance, damping, .. } = *settings;
+    let PageRank { iterations, tolerance, damping, extrapolate, .. } = *settings;
     if !(0.0..=1.0).contains(&damping) {
         return Err(Error::argument("damping", "a share from 0 to 1", damping));
     }
@@ -206,9 +207,12 @@ pub fn settle(
             *score *= factor;
         }
     }
+    let settled = |change: f32| change.partial_cmp(&tolerance) == Some(Ordering::Less);
     let mut next = vec![0.0; heads * n];
     let mut active: Vec<usize> = (0..heads).collect();
     let jump = (1.0 - damping) / (n - gone.len()) as f32;
+    // How much a head's last step changed, and what it remembers; each is locked by one thread only.
+    let mut states: Vec<Mutex<(f32, Anderson)>> = (0..heads).map(|_| Mutex::default()).collect();
     for step in 1..=iterations {
         votes.pass(pool, &ranks.scores, &active, &mut next);
         for next in next.chunks_exact_mut(n) {
@@ -216,22 +220,25 @@ pub fn settle(
                 next[token] = 0.0;
             }
         }
-        let changes: Mutex<Vec<f32>> = Mutex::new(vec![0.0; heads]);
         pool.split_rows(&mut ranks.scores, n, &|first, part| {
             for (head, scores) in (first..).zip(part.chunks_exact_mut(n)) {
                 if active.binary_search(&head).is_err() {
                     continue;
                 }
-                let next = &next[head * n..][..n];
-                let change = update(scores, next, gone, damping, jump);
-                changes.lock().unwrap_or_else(PoisonError::into_inner)[head] = change;
+                let (change, anderson) = &mut *states[head].lock().unwrap_or_else(PoisonError::into_inner);
+                if extrapolate {
+                    anderson.before(scores);
+                }
+                *change = update(scores, &next[head * n..][..n], gone, damping, jump);
+                if extrapolate && !settled(*change) && step < iterations {
+                    anderson.after(scores);
+                }
             }
         });
-        let changes = changes.into_inner().unwrap_or_else(PoisonError::into_inner);
         for &head in &active {
             ranks.iterations[head] = step;
         }
-        active.retain(|&head| changes[head].partial_cmp(&tolerance) != Some(Ordering::Less));
+        active.retain(|&head| !settled(states[head].get_mut().unwrap_or_else(PoisonError::into_inner).0));
         if active.is_empty() {
             break;
         }
@@ -266,7 +273,7 @@ fn update(scores: &mut [f32], next: &[f32], gone: &[usize], damping: f32, jump: 
 }
 
 /// The sum, in lanes and in double precision: what a step leaves undone else shows in the change of the next one.
-fn sum(scores: &[f32]) -> f64 {
+pub(super) fn sum(scores: &[f32]) -> f64 {
     let (chunks, rest) = scores.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
     for chunk in chunks {
@@ -278,7 +285,7 @@ fn sum(scores: &[f32]) -> f64 {
 }
 
 /// What gives scores of that sum the sum 1, if there is one.
-fn one(sum: f64) -> f32 {
+pub(super) fn one(sum: f64) -> f32 {
     if sum > 0.0 && sum.is_finite() { (1.0 / sum) as f32 } else { 1.0 }
 }
 

@@ -4,6 +4,7 @@
 
 use std::cmp::Ordering;
 
+use super::{LANES, dot};
 use crate::error::{Error, Result};
 use crate::kernels::{Columns, Kernels, float_matmul};
 use crate::pack::Packed;
@@ -13,8 +14,32 @@ use crate::tokens::select::highest;
 /// Rows of cosines in memory at a time.
 const ROWS: usize = 128;
 
-/// Numbers side by side, for the compiler to take together.
-const LANES: usize = 16;
+/// Features of tokens: `dim` values of each, as far apart as `stride`.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Features<'a> {
+    /// From the first token's on.
+    pub values: &'a [f32],
+    /// Values from one token to the next.
+    pub stride: usize,
+    /// Values of one token.
+    pub dim: usize,
+}
+
+impl Features<'_> {
+    /// Those of one token.
+    pub fn row(&self, token: usize) -> &[f32] {
+        &self.values[token * self.stride..][..self.dim]
+    }
+
+    /// A copy of those of some tokens, side by side.
+    pub fn of(&self, tokens: &[usize]) -> Vec<f32> {
+        let mut rows = Vec::with_capacity(tokens.len() * self.dim);
+        for &token in tokens {
+            rows.extend_from_slice(self.row(token));
+        }
+        rows
+    }
+}
 
 /// For each of some tokens the one of others that is most like it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -34,23 +59,14 @@ pub struct Pairs {
     pub into: Vec<usize>,
 }
 
-/// The rows of `features [n, dim]`, each with length 1; a row of zeros stays.
-pub fn normalised(pool: &Pool, kernels: &Kernels, features: &[f32], dim: usize) -> Result<Vec<f32>> {
-    if dim == 0 || !features.len().is_multiple_of(dim) {
-        return Err(Error::argument("features", format!("rows of {dim} values"), features.len()));
+/// The rows of `[n, dim]`, each with length 1; a row of zeros stays.
+fn normalised(pool: &Pool, kernels: &Kernels, mut rows: Vec<f32>, dim: usize) -> Result<Vec<f32>> {
+    if dim == 0 || !rows.len().is_multiple_of(dim) {
+        return Err(Error::argument("features", format!("rows of {dim} values"), rows.len()));
     }
-    let mut rows = features.to_vec();
     pool.split_rows(&mut rows, dim, &|_, rows| {
         for row in rows.chunks_exact_mut(dim) {
-            let (chunks, rest) = row.as_chunks::<LANES>();
-            let mut squares = [0.0; LANES];
-            for chunk in chunks {
-                for (sum, &x) in squares.iter_mut().zip(chunk) {
-                    *sum += f64::from(x) * f64::from(x);
-                }
-            }
-            let rest = rest.iter().map(|&x| f64::from(x) * f64::from(x));
-            let square: f64 = squares.into_iter().chain(rest).sum();
+            let square = dot(row, row);
             if square > 0.0 {
                 kernels.elementwise.scale(row, (1.0 / square.sqrt()) as f32);
             }
@@ -60,7 +76,7 @@ pub fn normalised(pool: &Pool, kernels: &Kernels, features: &[f32], dim: usize) 
 }
 
 /// Cosines `[a, b]` of the rows of two lists of features.
-pub fn cosines(pool: &Pool, kernels: &Kernels, a: &[f32], b: &[f32], dim: usize) -> Result<Vec<f32>> {
+pub fn cosines(pool: &Pool, kernels: &Kernels, a: Vec<f32>, b: Vec<f32>, dim: usize) -> Result<Vec<f32>> {
     let a = normalised(pool, kernels, a, dim)?;
     let b = normalised(pool, kernels, b, dim)?;
     let (rows, cols) = (a.len() / dim, b.len() / dim);
@@ -73,7 +89,7 @@ pub fn cosines(pool: &Pool, kernels: &Kernels, a: &[f32], b: &[f32], dim: usize)
 }
 
 /// For each row of `a` the row of `b` with the largest cosine; there must be one. A NaN is below all numbers.
-pub fn matches(pool: &Pool, kernels: &Kernels, a: &[f32], b: &[f32], dim: usize) -> Result<Matches> {
+pub fn matches(pool: &Pool, kernels: &Kernels, a: Vec<f32>, b: Vec<f32>, dim: usize) -> Result<Matches> {
     let a = normalised(pool, kernels, a, dim)?;
     let b = normalised(pool, kernels, b, dim)?;
     let cols = b.len() / dim;
@@ -137,10 +153,8 @@ pub fn bipartite(
     if count == 0 || from.is_empty() || into.is_empty() {
         return Ok(Pairs::default());
     }
-    let rows = |tokens: &[usize]| -> Vec<f32> {
-        tokens.iter().flat_map(|&token| &features[token * dim..(token + 1) * dim]).copied().collect()
-    };
-    let found = matches(pool, kernels, &rows(&from), &rows(&into), dim)?;
+    let features = Features { values: features, stride: dim, dim };
+    let found = matches(pool, kernels, features.of(&from), features.of(&into), dim)?;
     let mut keep = Vec::new();
     highest(&found.cosine, count, &mut keep);
     Ok(Pairs {
@@ -158,14 +172,15 @@ mod tests {
         let (pool, kernels) = (Pool::new(2).expect("threads"), Kernels::best());
         let a = [3.0, 0.0, 0.0, 0.1, -2.0, -2.0, 0.0, 0.0];
         let b = [0.0, 7.0, 1e-3, 0.0, -1.0, -1.0];
-        let found = matches(&pool, &kernels, &a, &b, 2).expect("good");
+        let found = matches(&pool, &kernels, a.to_vec(), b.to_vec(), 2).expect("good");
         assert_eq!(found.best, [1, 0, 2, 0]);
         assert!((found.cosine[2] - 1.0).abs() < 1e-6 && found.cosine[3].abs() < 1e-6);
-        let all = cosines(&pool, &kernels, &a, &b, 2).expect("good");
+        let all = cosines(&pool, &kernels, a.to_vec(), b.to_vec(), 2).expect("good");
         assert!((all[2] + 0.5_f32.sqrt()).abs() < 1e-6 && all.len() == 12);
-        assert!(matches(&pool, &kernels, &a, &[], 2).is_err());
-        assert!(matches(&pool, &kernels, &[], &[], 2).is_ok_and(|none| none == Matches::default()));
-        assert!(matches(&pool, &kernels, &a, &b, 3).is_err() && matches(&pool, &kernels, &a, &b, 0).is_err());
+        let refused = |b: &[f32], dim| matches(&pool, &kernels, a.to_vec(), b.to_vec(), dim).is_err();
+        assert!(refused(&[], 2) && refused(&b, 3) && refused(&b, 0));
+        let none = matches(&pool, &kernels, Vec::new(), Vec::new(), 2);
+        assert!(none.is_ok_and(|none| none == Matches::default()));
     }
 
     #[test]

@@ -20,7 +20,8 @@ use super::select::highest;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::attention::Graph;
-use crate::score::{self, PageRank, Ranks, Recorded, Start, heads, pagerank, similarity};
+use crate::score::similarity::{self, Features};
+use crate::score::{self, PageRank, Ranks, Recorded, Start, heads, pagerank};
 use crate::threads::Pool;
 
 /// A vote has settled when a step changes scores by less than this in all.
@@ -83,8 +84,8 @@ pub enum Method {
 /// Not stated in the paper, and chosen here: scores of a head are scaled to a mean of 1 before the variance is taken; where
 /// no head passes all are kept; the second vote is on the graph of the tokens left, begins with the first one's scores, and
 /// takes at most as many steps; votes for tokens that left are lost, and the others' scores scaled back to sum 1; steps end
-/// early when they change scores by less than [`TOLERANCE`] in all; learned tokens vote and are voted for, but are no
-/// candidates; features are the keys of all heads side by side.
+/// early when they change scores by less than [`TOLERANCE`] in all, and are extrapolated to get there sooner; learned tokens
+/// vote and are voted for, but are no candidates; features are the keys of all heads side by side.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ZeroTPrune {
@@ -92,6 +93,8 @@ pub struct ZeroTPrune {
     pub iterations: Option<usize>,
     /// The class token begins with a score of the square root of the tokens' number, the others with 1 (variant "a").
     pub class_start: bool,
+    /// Whether steps are extrapolated ([`PageRank::extrapolate`]); the paper's are not.
+    pub extrapolate: bool,
     /// Least and largest variance of a head that is heard.
     pub variances: (f32, f32),
 }
@@ -107,8 +110,8 @@ pub struct Evidence<'a> {
     pub graph: Option<&'a Graph>,
     /// Attention received or the class token's row `[n]`, where the method wants that.
     pub scores: &'a [f32],
-    /// Keys `[n, dim]` of all heads side by side, where the method wants them.
-    pub keys: &'a [f32],
+    /// Keys of all heads side by side, where the method wants them.
+    pub keys: Features<'a>,
     /// How many patches each token stands for `[n]`; empty where nothing was merged.
     pub sizes: &'a [f32],
     /// Number of heads.
@@ -333,12 +336,11 @@ impl Method {
 
 /// `ToMe`: like tokens become one, their mean weighted by how many patches each stands for.
 fn merge(pool: &Pool, kernels: &Kernels, evidence: &Evidence<'_>, n: usize, budget: Budget) -> Result<Plan> {
-    let width = evidence.keys.len() / n.max(1);
-    let dim = width / evidence.heads;
+    let dim = evidence.keys.dim / evidence.heads;
     let mut features = vec![0.0; n * dim];
-    for (feature, keys) in features.chunks_exact_mut(dim).zip(evidence.keys.chunks_exact(width)) {
+    for (token, feature) in features.chunks_exact_mut(dim).enumerate() {
         // The sum over heads has the cosines of the mean.
-        for key in keys.chunks_exact(dim) {
+        for key in evidence.keys.row(token).chunks_exact(dim) {
             feature.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
         }
     }
@@ -384,6 +386,7 @@ impl ZeroTPrune {
             } else {
                 Start::Uniform
             },
+            extrapolate: self.extrapolate,
         };
         let votes = Recorded { kernel: kernels.attention, graph };
         let mut ranks = score::pagerank(pool, &votes, &settings)?;
@@ -426,11 +429,8 @@ fn twins(
         |token: &usize| if importance[*token].is_nan() { f32::NEG_INFINITY } else { importance[*token] };
     order.sort_by(|a, b| value(a).total_cmp(&value(b)).then(b.cmp(a)));
     let (candidates, others) = order.split_at(order.len() / 2);
-    let dim = evidence.keys.len() / importance.len().max(1);
-    let rows = |tokens: &[usize]| -> Vec<f32> {
-        tokens.iter().flat_map(|&token| &evidence.keys[token * dim..][..dim]).copied().collect()
-    };
-    let found = similarity::matches(pool, kernels, &rows(candidates), &rows(others), dim)?;
+    let keys = &evidence.keys;
+    let found = similarity::matches(pool, kernels, keys.of(candidates), keys.of(others), keys.dim)?;
     let mut closest = Vec::new();
     highest(&found.cosine, count, &mut closest);
     let mut gone: Vec<usize> = closest.into_iter().map(|twin| candidates[twin]).collect();
@@ -496,8 +496,13 @@ mod tests {
         let graph = Graph::from_f32(&pool, kernel, &row.repeat(7), 1, 7).expect("good");
         // Patch 6, of the less important half, has the direction of patch 2; 1 and 3 are like nobody.
         let keys = [0., 0., 1., 0., 0., 1., -1., 0., 1., 1., 0., -1., 0., 3.];
-        let evidence = Evidence { graph: Some(&graph), keys: &keys, ..nothing() };
-        let settings = ZeroTPrune { iterations: None, class_start: false, variances: (0.01, 0.7) };
+        let evidence = Evidence {
+            graph: Some(&graph),
+            keys: Features { values: &keys, stride: 2, dim: 2 },
+            ..nothing()
+        };
+        let settings =
+            ZeroTPrune { iterations: None, class_start: false, extrapolate: true, variances: (0.01, 0.7) };
         let keep = |budget| choose(&Method::ZeroTPrune(settings.clone()), &evidence, 7, budget);
         assert_eq!(keep([1, 5]), Plan::keeping([0, 1, 2, 3, 4, 5]));
         assert_eq!(keep([0, 4]), Plan::keeping([0, 2, 4, 5, 6]));
@@ -511,7 +516,12 @@ mod tests {
             9., 9., 9., 9., 0., 1., 0., 0., 1., 0., 1., 0., -1., 1., 0., 1., 0., 0., 0.1, 1., 2., 0., 0., 0.,
         ];
         let sizes = [1., 2., 3., 1., 2., 1.];
-        let evidence = Evidence { keys: &keys, sizes: &sizes, heads: 2, ..nothing() };
+        let evidence = Evidence {
+            keys: Features { values: &keys, stride: 4, dim: 4 },
+            sizes: &sizes,
+            heads: 2,
+            ..nothing()
+        };
         let mut plan = Plan::keeping([0, 1, 3, 4]);
         plan.push(Some(5), [(5, 0.25), (2, 0.75)]);
         let tome = Method::ToMe { proportional: true };
@@ -543,7 +553,8 @@ mod tests {
             (kept(&policy, 3, 10), kept(&policy, 3, 1), kept(&policy, 3, 0)),
             (Some((0, 1)), None, None)
         );
-        let settings = ZeroTPrune { iterations: None, class_start: false, variances: (0.0, 1.0) };
+        let settings =
+            ZeroTPrune { iterations: None, class_start: false, extrapolate: true, variances: (0.0, 1.0) };
         let zero = PatchPolicy {
             method: Method::ZeroTPrune(settings),
             layers: vec![1, 3],

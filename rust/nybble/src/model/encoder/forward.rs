@@ -5,12 +5,14 @@
 //! Images meet in the linears only, each attends to itself. Rows are computed with the same arithmetic whatever they are
 //! computed with, so an image's results do not depend on the images beside it.
 
+use std::time::Duration;
+
 use super::load::{AttentionPool, LoadedPooling, Weights};
 use super::reduce::Reduction;
 use super::spec::{EncoderSpec, Reads};
 use super::{Encoder, positions};
 use crate::error::{Error, Result};
-use crate::kernels::attention::{self, KvCache};
+use crate::kernels::attention::{self, Graph, KvCache};
 use crate::kernels::quantize::Source;
 use crate::model::blocks::{Attention, Layer};
 use crate::model::decoder::{self, Scratch, feed_forward, fit, leave, project};
@@ -38,6 +40,8 @@ pub struct Encoding {
     /// For each patch the token that holds it, counted behind the learned ones, `[images, patches]`; [`GONE`] for one that left.
     /// Empty where no policy was given.
     pub owners: Vec<u32>,
+    /// Time in which tokens were scored, chosen and taken out; without that in which attention recorded what it gives whom.
+    pub choosing: Duration,
 }
 
 /// Stands in [`Encoding::places`] for a token that is no single patch's.
@@ -57,6 +61,8 @@ pub(super) struct Memory {
     cache: Option<KvCache>,
     /// Of the pooling.
     pool_cache: Option<KvCache>,
+    /// Of the layer that chooses patches by it.
+    graph: Graph,
     /// Interpolated positions of the grid used last.
     positions: ([usize; 2], Vec<f32>),
 }
@@ -80,8 +86,17 @@ pub(super) fn forward(
     let step = (ROWS / tokens).max(1);
     for (index, pixels) in pixels.chunks(step * image).enumerate() {
         let images = pixels.len() / image;
-        let reduction = policy.map(|policy| Reduction::new(policy, spec, index * step, images, size));
-        chunk(model, pixels, size, reduction, memory, &mut out, stop)?;
+        let mut reduction = policy.map(|policy| {
+            let graph = std::mem::take(&mut memory.graph);
+            Reduction::new(policy, spec, index * step, images, size, graph)
+        });
+        chunk(model, pixels, size, reduction.as_mut(), memory, &mut out, stop)?;
+        if let Some(reduction) = reduction {
+            out.places.extend(reduction.places);
+            out.owners.extend(reduction.owners);
+            out.choosing += reduction.spent;
+            memory.graph = reduction.graph;
+        }
     }
     Ok(out)
 }
@@ -91,7 +106,7 @@ fn chunk(
     model: &Encoder,
     pixels: &[f32],
     size: [usize; 2],
-    mut reduction: Option<Reduction<'_>>,
+    mut reduction: Option<&mut Reduction<'_>>,
     memory: &mut Memory,
     out: &mut Encoding,
     stop: &dyn Fn() -> bool,
@@ -127,26 +142,23 @@ fn chunk(
         if let Some(reduction) = &mut reduction {
             reduction.begin(index, n);
         }
-        attend(run, attention, cache, images, reduction.as_mut(), s)?;
+        attend(run, attention, cache, images, reduction.as_deref_mut(), s)?;
         attention.out.forward_source(run, &mut Source::Given(&s.att), n, &[], &mut s.rounded, &mut s.h)?;
         leave(run, attention_block, s);
-        reduce(reduction.as_mut(), false, &mut n, spec.hidden, s);
+        reduce(reduction.as_deref_mut(), false, &mut n, spec.hidden, s);
 
         feed_forward(run, mlp_block, mlp, n, &[], None, s)?;
         leave(run, mlp_block, s);
-        reduce(reduction.as_mut(), true, &mut n, spec.hidden, s);
+        reduce(reduction.as_deref_mut(), true, &mut n, spec.hidden, s);
     }
     if let Some(norm) = &weights.final_norm {
         norm.rows(run, &s.x, &mut s.xb);
         std::mem::swap(&mut s.x, &mut s.xb);
     }
     out.tokens.extend_from_slice(&s.x);
-    if let Some(reduction) = &reduction {
-        out.places.extend_from_slice(&reduction.places);
-        out.owners.extend_from_slice(&reduction.owners);
-    }
-    classify(run, spec, weights, images, reduction.as_ref(), memory, &mut out.logits)?;
-    pool(run, model, images, reduction.as_ref(), memory, &mut out.embedding)
+    let reduction = reduction.as_deref();
+    classify(run, spec, weights, images, reduction, memory, &mut out.logits)?;
+    pool(run, model, images, reduction, memory, &mut out.embedding)
 }
 
 /// `x = [learned tokens; patches W + b + positions]` of every image.

@@ -1,10 +1,13 @@
 //! Token reduction at work in an encoder: what is measured, who stays, and the rows that are left.
 
+use std::time::{Duration, Instant};
+
 use super::forward::{GONE, MERGED};
 use super::spec::EncoderSpec;
 use crate::error::Result;
 use crate::kernels::attention::{self, Graph, KvCache, Scratch, Shape, Statistic};
 use crate::model::linear::Run;
+use crate::score::similarity::Features;
 use crate::tokens::PatchPolicy;
 use crate::tokens::patches::{Budget, Evidence, Plan, Wants};
 
@@ -30,7 +33,9 @@ pub(super) struct Reduction<'a> {
     /// What was decided there, image by image; empty where nothing leaves.
     plans: Vec<Plan>,
     measured: Vec<f32>,
-    graph: Graph,
+    pub(super) graph: Graph,
+    /// Time that choosing took so far.
+    pub(super) spent: Duration,
 }
 
 impl<'a> Reduction<'a> {
@@ -40,6 +45,7 @@ impl<'a> Reduction<'a> {
         before: usize,
         images: usize,
         size: [usize; 2],
+        graph: Graph,
     ) -> Self {
         let learned = spec.learned();
         let patches = spec.tokens(size) - learned;
@@ -56,7 +62,8 @@ impl<'a> Reduction<'a> {
             now: None,
             plans: Vec::new(),
             measured: Vec::new(),
-            graph: Graph::default(),
+            graph,
+            spent: Duration::ZERO,
         }
     }
 
@@ -111,6 +118,7 @@ impl<'a> Reduction<'a> {
         memory: &mut Scratch,
     ) -> Result<()> {
         let Some((layer, budget)) = self.now else { return Ok(()) };
+        let began = Instant::now();
         let (q, k) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let width = q + 2 * k;
         let method = &self.policy.method;
@@ -126,22 +134,19 @@ impl<'a> Reduction<'a> {
             )?;
             run.kernels.elementwise.scale(out, 1.0 / (shape.heads * queries) as f32);
         }
-        let mut keys = Vec::new();
-        if matches!(wants, Wants::Keys | Wants::Graph) {
-            keys.extend(qkv.chunks_exact(width).flat_map(|row| &row[q..q + k]));
-        }
         let image = self.plans.len();
         let evidence = Evidence {
             layer: (layer, self.depth),
             image: self.before + image,
             graph: (wants == Wants::Graph).then_some(&self.graph),
             scores: if scored { &self.measured } else { &[] },
-            keys: &keys,
+            keys: Features { values: &qkv[q..], stride: width, dim: k },
             sizes: if self.sizes.is_empty() { &[] } else { &self.sizes[image * n..][..n] },
             heads: if wants == Wants::Graph { shape.heads } else { shape.kv_heads },
             learned: self.learned,
         };
         self.plans.push(method.plan(run.pool, run.kernels, &evidence, n, budget)?);
+        self.spent += began.elapsed();
         Ok(())
     }
 
@@ -152,6 +157,7 @@ impl<'a> Reduction<'a> {
 
     /// Writes the rows that become of `x [n, hidden]` to `out`; returns their number.
     pub(super) fn leave(&mut self, x: &[f32], hidden: usize, out: &mut Vec<f32>) -> usize {
+        let began = Instant::now();
         out.clear();
         let image = x.len() / self.images;
         let (n, patches) = (image / hidden, self.places.len() / self.images);
@@ -181,6 +187,7 @@ impl<'a> Reduction<'a> {
         }
         (self.places, self.sizes) = (places, sizes);
         self.plans.clear();
+        self.spent += began.elapsed();
         out.len() / hidden
     }
 }
